@@ -1,0 +1,1 @@
+//! Amberbox: Linux sandboxes inside a Node.js process.
