@@ -1,0 +1,245 @@
+//! The CPU's working state and its run loop.
+
+use std::collections::BTreeMap;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::bus::{Bus, GuestRam};
+use crate::code::CodeCache;
+use crate::flags::{Flags, bit};
+use crate::mem::{TLB_SIZE, TlbEntry};
+use crate::op::{Op, reg};
+use crate::x87::X87;
+
+/// Why [`Cpu::run`] returned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// HLT with interrupts enabled or not; resume by calling `run` again once an interrupt is pending.
+    Halt,
+    /// [`Kick::kick`] was called, or the instruction budget was used up.
+    Kicked,
+    /// Triple fault: the machine resets. The text says which exceptions led there.
+    Shutdown(String),
+    /// A page of guest RAM could not be brought in.
+    RamFault(String),
+}
+
+/// Makes a running CPU return from [`Cpu::run`] soon, from any thread; or makes it look for an interrupt.
+#[derive(Debug, Clone, Default)]
+pub struct Kick(Arc<AtomicU32>);
+
+impl Kick {
+    const EXIT: u32 = 1;
+    const INTERRUPT: u32 = 2;
+    const CODE: u32 = 4;
+
+    /// Makes `run` return [`Exit::Kicked`] at the next sequence boundary.
+    pub fn kick(&self) {
+        self.0.fetch_or(Self::EXIT, Ordering::Release);
+    }
+    /// Makes the CPU ask [`Bus::interrupt_pending`] at the next sequence boundary.
+    pub fn interrupt(&self) {
+        self.0.fetch_or(Self::INTERRUPT, Ordering::Release);
+    }
+    /// Makes the CPU drop the decoded code of pages that devices wrote (see [`Cpu::code_writes`]).
+    pub fn code_written(&self) {
+        self.0.fetch_or(Self::CODE, Ordering::Release);
+    }
+    fn take(&self, bits: u32) -> bool {
+        self.0.fetch_and(!bits, Ordering::AcqRel) & bits != 0
+    }
+}
+
+/// Counters and oddities worth showing to a user whose guest misbehaves.
+#[derive(Debug, Clone, Default)]
+pub struct Diagnostics {
+    /// Guest instructions executed (REP counts once).
+    pub instructions: u64,
+    /// Instructions that raised #UD because this CPU does not implement them, by mnemonic, with counts.
+    pub unimplemented: BTreeMap<String, u64>,
+    /// Instruction sequences decoded.
+    pub sequences_decoded: u64,
+    /// Bytes held by decoded operations.
+    pub code_cache_bytes: u64,
+    /// Exceptions delivered, by vector.
+    pub exceptions: [u64; 32],
+    /// External interrupts delivered.
+    pub interrupts: u64,
+}
+
+/// An access failed: the exception's details are in [`Cpu::trap`]. Zero-sized, so that fast paths stay small.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Trap;
+
+/// Details of the event that ends a sequence by exception.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct TrapInfo {
+    pub(crate) vector: u8,
+    pub(crate) error: Option<u32>,
+    /// The faulting linear address, for #PF.
+    pub(crate) address: u64,
+}
+
+/// Exception vectors (Intel SDM vol. 3, 6.15).
+pub(crate) mod vector {
+    pub(crate) const DE: u8 = 0;
+    pub(crate) const DB: u8 = 1;
+    pub(crate) const BP: u8 = 3;
+    pub(crate) const OF: u8 = 4;
+    pub(crate) const UD: u8 = 6;
+    pub(crate) const NM: u8 = 7;
+    pub(crate) const DF: u8 = 8;
+    pub(crate) const TS: u8 = 10;
+    pub(crate) const NP: u8 = 11;
+    pub(crate) const SS: u8 = 12;
+    pub(crate) const GP: u8 = 13;
+    pub(crate) const PF: u8 = 14;
+    pub(crate) const MF: u8 = 16;
+    pub(crate) const AC: u8 = 17;
+    pub(crate) const XM: u8 = 19;
+}
+
+/// Why a handler returned null.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The sequence ended; `rip` holds the next instruction.
+    Next,
+    /// An exception (details in `trap`); `rip` holds the address to report (the instruction itself for faults).
+    Exception,
+    /// HLT; `rip` is behind it.
+    Halt,
+    /// The instruction writes to decoded code of the page it runs from: execute it alone. `rip` holds it.
+    SelfModifying,
+    /// RAM could not be filled; the text is in `ram_error`.
+    RamFault,
+    /// Triple fault.
+    Shutdown,
+}
+
+/// A segment register with its hidden part. In 64-bit mode base and limit matter for FS and GS alone (their bases
+/// live in `Cpu::r`), but all is kept, for snapshots.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Segment {
+    pub(crate) selector: u16,
+    pub(crate) base: u64,
+    pub(crate) limit: u32,
+    /// Access rights as in a descriptor's bits 40-55 (type, S, DPL, P, AVL, L, D/B, G), KVM's and VMX's order.
+    pub(crate) attributes: u16,
+}
+
+/// Index of a segment register in `Cpu::segs`, in x86 encoding order.
+pub(crate) mod seg {
+    pub(crate) const ES: usize = 0;
+    pub(crate) const CS: usize = 1;
+    pub(crate) const SS: usize = 2;
+    pub(crate) const DS: usize = 3;
+    pub(crate) const FS: usize = 4;
+    pub(crate) const GS: usize = 5;
+}
+
+/// A descriptor table register.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Table {
+    pub(crate) base: u64,
+    pub(crate) limit: u16,
+}
+
+/// Control and model-specific registers that the CPU itself holds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Control {
+    pub(crate) cr0: u64,
+    pub(crate) cr2: u64,
+    pub(crate) cr3: u64,
+    pub(crate) cr4: u64,
+    pub(crate) efer: u64,
+    pub(crate) star: u64,
+    pub(crate) lstar: u64,
+    pub(crate) cstar: u64,
+    pub(crate) sfmask: u64,
+    pub(crate) kernel_gs_base: u64,
+    pub(crate) tsc_aux: u64,
+    pub(crate) sysenter_cs: u64,
+    pub(crate) sysenter_esp: u64,
+    pub(crate) sysenter_eip: u64,
+    pub(crate) pat: u64,
+    pub(crate) misc_enable: u64,
+    pub(crate) dr: [u64; 4],
+    pub(crate) dr6: u64,
+    pub(crate) dr7: u64,
+}
+
+/// One vector register.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(16))]
+pub(crate) struct Xmm(pub(crate) [u64; 2]);
+
+pub(crate) const JUMP_CACHE: usize = 1024;
+
+/// Where a virtual address's decoded sequence is: key is the address XOR the mode's key.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct JumpEntry {
+    pub(crate) key: u64,
+    pub(crate) op: *const Op,
+}
+
+impl JumpEntry {
+    /// Matches no address: not canonical in either mode.
+    pub(crate) const EMPTY: JumpEntry = JumpEntry { key: 0x5555 << 48, op: ptr::null() };
+}
+
+/// A software x86-64 CPU in long mode.
+#[repr(C)]
+pub struct Cpu {
+    /// General registers in encoding order, then the pseudo registers of [`reg`].
+    pub(crate) r: [u64; reg::COUNT],
+    pub(crate) fl: Flags,
+    /// The current mode's data TLB: `tlb[cpl == 3]`.
+    pub(crate) dtlb: *mut TlbEntry,
+    /// Guest instructions executed so far.
+    pub(crate) icount: u64,
+    /// `icount` at which to leave the sequence and poll.
+    pub(crate) icount_limit: u64,
+    /// The kick word, shared with [`Kick`] handles.
+    pub(crate) kick: *const AtomicU32,
+    pub(crate) jump_cache: Box<[JumpEntry; JUMP_CACHE]>,
+    /// 0 in supervisor mode, 1 << 62 in user mode: keeps one mode from jumping into the other's sequences.
+    pub(crate) mode_key: u64,
+    pub(crate) xmm: [Xmm; 16],
+    pub(crate) mxcsr: u32,
+    /// Next instruction; valid only outside sequences.
+    pub(crate) rip: u64,
+    pub(crate) stop: Stop,
+    pub(crate) trap: TrapInfo,
+    /// All flags but the arithmetic ones; bit 1 always set.
+    pub(crate) rflags: u64,
+    pub(crate) cpl: u8,
+    /// No interrupt before the next sequence has run (STI, MOV SS).
+    pub(crate) inhibit: bool,
+    /// The instruction being executed runs alone, outside the code cache: it may write to its own page.
+    pub(crate) alone: bool,
+    pub(crate) x87: X87,
+    pub(crate) segs: [Segment; 6],
+    pub(crate) ldtr: Segment,
+    pub(crate) tr: Segment,
+    pub(crate) gdtr: Table,
+    pub(crate) idtr: Table,
+    pub(crate) ctl: Control,
+    /// Supervisor and user data TLBs.
+    pub(crate) tlb: [Box<[TlbEntry; TLB_SIZE]>; 2],
+    /// Addresses [0] in the lower, [1] in the upper half may be mapped by large pages: (base, mask) of a region that
+    /// covers them all; INVLPG inside it flushes the whole TLB.
+    pub(crate) large: [Option<(u64, u64)>; 2],
+    pub(crate) code: CodeCache,
+    pub(crate) ram: Arc<dyn GuestRam>,
+    pub(crate) ram_host: *mut u8,
+    pub(crate) bus: Option<NonNull<dyn Bus>>,
+    pub(crate) kick_handle: Kick,
+    pub(crate) ram_error: String,
+    pub(crate) diagnostics: Diagnostics,
+}
+
+// SAFETY: the raw pointers point into `self`'s own boxes, into `ram` (which is Send and kept alive by `self`) or, for
+// `bus`, are set only for the length of `run`.
+unsafe impl Send for Cpu {}
