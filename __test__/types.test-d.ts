@@ -1,0 +1,115 @@
+/** Checked by tsc, never run: a program written for E2B must type-check against index.d.ts. */
+import Default, {
+  AuthenticationError,
+  CommandExitError,
+  CommandHandle,
+  FileNotFoundError,
+  FileType,
+  InvalidArgumentError,
+  NotEnoughSpaceError,
+  NotFoundError,
+  RateLimitError,
+  Sandbox,
+  SandboxCrashedError,
+  SandboxError,
+  SandboxNotFoundError,
+  TemplateError,
+  TimeoutError,
+} from 'amberbox'
+import type {
+  CommandResult,
+  EntryInfo,
+  ProcessInfo,
+  SandboxInfo,
+  SandboxOpts,
+  SnapshotInfo,
+  WriteInfo,
+} from 'amberbox'
+
+type Equal<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false
+declare function same<A, B>(proof: Equal<A, B>): void
+
+class Mine extends Sandbox {
+  extra = 1
+}
+
+export async function program(): Promise<void> {
+  const opts: SandboxOpts = { metadata: { job: '42' }, envs: { A: 'b' }, timeoutMs: 1000, apiKey: 'e2b_x' }
+  await using sandbox = await Sandbox.create(opts)
+  same<typeof sandbox, Sandbox>(true)
+  same<typeof Default, typeof Sandbox>(true)
+  await Sandbox.create('base', { signal: new AbortController().signal, requestTimeoutMs: 1 })
+  const mine = await Mine.create()
+  mine.extra.toFixed()
+  const again = await Mine.connect(mine.sandboxId, { timeoutMs: 1 })
+  again.extra.toFixed()
+
+  const result = await sandbox.commands.run('true', { onStdout: (s) => console.log(s.length), cwd: '/' })
+  same<typeof result, CommandResult>(true)
+  const handle = await sandbox.commands.run('sleep 1', {
+    background: true,
+    stdin: true,
+    onStderr: async () => {},
+  })
+  same<typeof handle, CommandHandle>(true)
+  await handle.sendStdin('x')
+  await handle.disconnect()
+  const processes: ProcessInfo[] = await sandbox.commands.list()
+  await sandbox.commands.connect(processes[0]!.pid, { onStdout() {} })
+  same<Awaited<ReturnType<typeof sandbox.commands.kill>>, boolean>(true)
+
+  const text = await sandbox.files.read('a')
+  same<typeof text, string>(true)
+  const bytes: Uint8Array = await sandbox.files.read('a', { format: 'bytes' })
+  const blob: Blob = await sandbox.files.read('a', { format: 'blob' })
+  const stream: ReadableStream<Uint8Array> = await sandbox.files.read('a', { format: 'stream' })
+  const written: WriteInfo = await sandbox.files.write('a', bytes)
+  const many: WriteInfo[] = await sandbox.files.write([{ path: 'b', data: blob }])
+  await sandbox.files.writeFiles([{ path: 'c', data: stream, metadata: { k: 'v' } }])
+  const entries: EntryInfo[] = await sandbox.files.list('/', { depth: 2, user: 'root' })
+  entries.filter((e) => e.type === FileType.DIR).map((e) => e.modifiedTime?.getTime())
+  void [written, many]
+
+  const snapshot: SnapshotInfo = await sandbox.createSnapshot({ name: 'n' })
+  await Sandbox.createSnapshot(sandbox.sandboxId)
+  for (const p = Sandbox.listSnapshots({ sandboxId: sandbox.sandboxId, limit: 20 }); p.hasNext;) {
+    same<Awaited<ReturnType<typeof p.nextItems>>, SnapshotInfo[]>(true)
+    await p.nextItems()
+  }
+  const deleted: boolean = await Sandbox.deleteSnapshot(snapshot.snapshotId)
+  const list = Sandbox.list({ query: { metadata: { job: '42' }, state: ['running'] }, limit: 5 })
+  const infos: SandboxInfo[] = await list.nextItems()
+  same<SandboxInfo['backend'], 'kvm' | 'soft'>(true)
+  void [deleted, infos]
+
+  const pty = await sandbox.pty.create({ cols: 80, rows: 24, onData: (d) => void d.byteLength })
+  await sandbox.pty.resize(pty.pid, { cols: 100, rows: 30 })
+
+  // @ts-expect-error: the id must be a string
+  await Sandbox.kill(1)
+  // @ts-expect-error: instance listings are about this sandbox already
+  sandbox.listSnapshots({ sandboxId: 'x' })
+  // @ts-expect-error: not a format
+  await sandbox.files.read('a', { format: 'hex' })
+}
+
+export function classify(error: unknown): string {
+  if (error instanceof CommandExitError) return `${error.exitCode} ${error.stdout} ${error.stderr}`
+  if (error instanceof SandboxCrashedError) return error.console
+  if (error instanceof FileNotFoundError || error instanceof SandboxNotFoundError) {
+    const parent: NotFoundError = error
+    return parent.code
+  }
+  if (error instanceof AuthenticationError) return error.code
+  for (const Class of [
+    TimeoutError,
+    InvalidArgumentError,
+    NotEnoughSpaceError,
+    TemplateError,
+    RateLimitError,
+  ]) {
+    const parent: SandboxError = new Class('x')
+    void parent
+  }
+  return ''
+}

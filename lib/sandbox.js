@@ -1,0 +1,200 @@
+'use strict'
+/** The `Sandbox` class: E2B's static and instance methods over the native registry of this process. */
+const { native, invoke, places } = require('./native')
+const { Commands, Pty } = require('./commands')
+const { Filesystem } = require('./files')
+const { InvalidArgumentError } = require('./errors')
+const { SandboxPaginator, SnapshotPaginator } = require('./paginator')
+
+const DEFAULT_TEMPLATE = 'base'
+const DEFAULT_SANDBOX_TIMEOUT_MS = 300_000
+/** Work whose length depends on the sandbox's size has no default request timeout, only the one that is asked for. */
+const NO_TIMEOUT = 0
+const PAGE_LIMIT = 100
+
+function checkString(value, what) {
+  if (typeof value !== 'string' || value === '')
+    throw new InvalidArgumentError(`${what} must be a non-empty string`)
+  return value
+}
+
+function checkTimeout(value) {
+  if (typeof value !== 'number' || !Number.isFinite(value) || value < 0) {
+    throw new InvalidArgumentError('timeoutMs must be a number of milliseconds that is not negative')
+  }
+  return value
+}
+
+function checkLimit(limit) {
+  if (limit === undefined) return PAGE_LIMIT
+  if (!Number.isInteger(limit) || limit < 1)
+    throw new InvalidArgumentError('limit must be a whole number of at least 1')
+  return limit
+}
+
+function stringMap(map, what) {
+  if (map === undefined || map === null) return {}
+  if (typeof map !== 'object') throw new InvalidArgumentError(`${what} must be an object of strings`)
+  return Object.fromEntries(Object.entries(map).map(([key, value]) => [key, String(value)]))
+}
+
+function sandboxInfo(raw) {
+  return {
+    sandboxId: raw.sandboxId,
+    templateId: raw.templateId,
+    name: raw.name ?? undefined,
+    metadata: raw.metadata,
+    startedAt: new Date(raw.startedAtMs),
+    endAt: new Date(raw.endAtMs),
+    state: raw.state,
+    cpuCount: raw.cpuCount,
+    memoryMB: raw.memoryMb,
+    envdVersion: raw.envdVersion,
+    lifecycle: { onTimeout: 'kill', autoResume: false },
+    backend: raw.backend,
+    backendReason: raw.backendReason,
+  }
+}
+
+class Sandbox {
+  /** @param {{ sandboxId: string }} opts what `create` and `connect` pass; not meant to be called by programs */
+  constructor(opts) {
+    this.sandboxId = checkString(opts?.sandboxId, 'sandboxId')
+    this.sandboxDomain = '127.0.0.1'
+    this.commands = new Commands(this.sandboxId)
+    this.files = new Filesystem(this.sandboxId)
+    this.pty = new Pty(this.sandboxId)
+  }
+
+  static async create(templateOrOpts, maybeOpts) {
+    const opts = (typeof templateOrOpts === 'string' ? maybeOpts : templateOrOpts) ?? {}
+    const template =
+      typeof templateOrOpts === 'string'
+        ? templateOrOpts
+        : (opts.template ?? this.defaultTemplate ?? DEFAULT_TEMPLATE)
+    const request = {
+      ...places(),
+      template: checkString(template, 'template'),
+      metadata: stringMap(opts.metadata, 'metadata'),
+      envs: stringMap(opts.envs, 'envs'),
+      timeoutMs: checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS),
+    }
+    const info = await invoke(
+      (call) => native.createSandbox(request, call),
+      opts,
+      NO_TIMEOUT,
+      (late) => native.killSandbox(late.sandboxId, { token: 0, timeoutMs: 0 }),
+    )
+    return new this({ sandboxId: info.sandboxId })
+  }
+
+  static async connect(sandboxId, opts = {}) {
+    checkString(sandboxId, 'sandboxId')
+    const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
+    await invoke((call) => native.connectSandbox(sandboxId, timeoutMs, call), opts)
+    return new this({ sandboxId })
+  }
+
+  static list(opts = {}) {
+    const query = opts.query ?? {}
+    const request = {
+      ...places(),
+      metadata: stringMap(query.metadata, 'metadata'),
+      states: query.state ?? ['running', 'paused'],
+      startedAfterMs: query.startedAfter === undefined ? undefined : new Date(query.startedAfter).getTime(),
+      template: query.template,
+      order: opts.order ?? 'desc',
+      limit: checkLimit(opts.limit),
+    }
+    return new SandboxPaginator(async (nextToken, pageOpts) => {
+      const page = await invoke((call) => native.listSandboxes({ ...request, nextToken }, call), {
+        ...opts,
+        ...pageOpts,
+      })
+      return { items: page.items.map(sandboxInfo), nextToken: page.nextToken }
+    }, opts.nextToken)
+  }
+
+  static async kill(sandboxId, opts) {
+    checkString(sandboxId, 'sandboxId')
+    return invoke((call) => native.killSandbox(sandboxId, call), opts)
+  }
+
+  static async getInfo(sandboxId, opts) {
+    checkString(sandboxId, 'sandboxId')
+    return sandboxInfo(await invoke((call) => native.sandboxInfo(sandboxId, call), opts))
+  }
+
+  static async setTimeout(sandboxId, timeoutMs, opts) {
+    checkString(sandboxId, 'sandboxId')
+    checkTimeout(timeoutMs)
+    await invoke((call) => native.setSandboxTimeout(sandboxId, timeoutMs, call), opts)
+  }
+
+  static async createSnapshot(sandboxId, opts = {}) {
+    checkString(sandboxId, 'sandboxId')
+    const raw = await invoke((call) => native.createSnapshot(sandboxId, opts.name, call), opts, NO_TIMEOUT)
+    return { snapshotId: raw.snapshotId, names: raw.names }
+  }
+
+  static listSnapshots(opts = {}) {
+    const request = { ...places(), sandboxId: opts.sandboxId, name: opts.name, limit: checkLimit(opts.limit) }
+    return new SnapshotPaginator(async (nextToken, pageOpts) => {
+      const page = await invoke((call) => native.listSnapshots({ ...request, nextToken }, call), {
+        ...opts,
+        ...pageOpts,
+      })
+      return {
+        items: page.items.map(({ snapshotId, names }) => ({ snapshotId, names })),
+        nextToken: page.nextToken,
+      }
+    }, opts.nextToken)
+  }
+
+  static async deleteSnapshot(snapshotId, opts) {
+    checkString(snapshotId, 'snapshotId')
+    return invoke((call) => native.deleteSnapshot(places(), snapshotId, call), opts)
+  }
+
+  async connect(opts = {}) {
+    const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
+    await invoke((call) => native.connectSandbox(this.sandboxId, timeoutMs, call), opts)
+    return this
+  }
+
+  async isRunning(opts) {
+    return invoke((call) => native.isRunning(this.sandboxId, call), opts)
+  }
+
+  async setTimeout(timeoutMs, opts) {
+    await Sandbox.setTimeout(this.sandboxId, timeoutMs, opts)
+  }
+
+  async kill(opts) {
+    return Sandbox.kill(this.sandboxId, opts)
+  }
+
+  async getInfo(opts) {
+    return Sandbox.getInfo(this.sandboxId, opts)
+  }
+
+  async createSnapshot(opts) {
+    return Sandbox.createSnapshot(this.sandboxId, opts)
+  }
+
+  listSnapshots(opts = {}) {
+    return Sandbox.listSnapshots({ ...opts, sandboxId: this.sandboxId })
+  }
+}
+
+// Node 20 has the symbol only under a name of its own; `await using` arrives with Node 24.
+const asyncDispose = Symbol.asyncDispose ?? Symbol.for('Symbol.asyncDispose')
+Object.defineProperty(Sandbox.prototype, asyncDispose, {
+  configurable: true,
+  writable: true,
+  value: async function dispose() {
+    await this.kill()
+  },
+})
+
+module.exports = { Sandbox, DEFAULT_SANDBOX_TIMEOUT_MS }
