@@ -1,1 +1,3 @@
 //! Amberbox: Linux sandboxes inside a Node.js process.
+
+pub mod agent;

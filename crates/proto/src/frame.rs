@@ -84,7 +84,8 @@ impl Decoder {
             }
             // Compaction alone is enough unless the waiting frame fills most of the buffer.
             if self.end * 2 >= self.buffer.len() {
-                let length = (self.buffer.len() * 2).clamp(self.initial, (MAX_FRAME + HEADER_LEN).max(self.end + 1));
+                let length =
+                    (self.buffer.len() * 2).clamp(self.initial, (MAX_FRAME + HEADER_LEN).max(self.end + 1));
                 self.buffer.resize(length, 0);
             }
         }

@@ -501,7 +501,8 @@ pub fn encode_cbor<T: Serialize>(kind: Kind, value: &T) -> Result<Vec<u8>, Codec
 
 /// Decodes a CBOR payload.
 pub fn decode_cbor<T: DeserializeOwned>(payload: &[u8]) -> Result<T, CodecError> {
-    ciborium::de::from_reader_with_recursion_limit(payload, MAX_DEPTH).map_err(|error| CodecError::Decode(error.to_string()))
+    ciborium::de::from_reader_with_recursion_limit(payload, MAX_DEPTH)
+        .map_err(|error| CodecError::Decode(error.to_string()))
 }
 
 /// The request frame of an operation.
