@@ -1,3 +1,4 @@
 //! Amberbox: Linux sandboxes inside a Node.js process.
 
 pub mod agent;
+pub mod devices;

@@ -1,0 +1,492 @@
+//! The block device's backing: a private copy-on-write overlay over a sealed, read-only base.
+//!
+//! The overlay owns 4 KiB blocks. A block that was written lives in an unlinked sparse file (or a memfd) at its
+//! own offset; a block that was discarded or overwritten with zeros is only a bit. Everything else is
+//! read from the base, which many machines may share. So a machine's disk costs what it wrote, and the owned
+//! blocks are what a snapshot has to store.
+//!
+//! [`Overlay::freeze`] captures the set of owned blocks and their content in the time of a bitmap copy. While
+//! the resulting [`FrozenDisk`] lives, a write to a captured block first copies the old content aside, so a
+//! snapshot can be written out behind the running guest.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+
+/// Size of the unit of ownership, and of a page of a disk image.
+pub const BLOCK_SIZE: usize = 4096;
+const BLOCK: u64 = BLOCK_SIZE as u64;
+
+/// What a block device does to its disk. Ranges are within `len()`; offsets and lengths are multiples of 512.
+pub trait Disk: Send {
+    /// Size in bytes; a multiple of 512.
+    fn len(&self) -> u64;
+    /// Whether the disk has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Fills `buf` from `offset`.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Writes `buf` at `offset`.
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()>;
+    /// Makes writes durable, as far as this disk's life goes.
+    fn flush(&self) -> io::Result<()>;
+    /// Makes a range read as zeros and gives its storage back.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+}
+
+/// A read-only image under an overlay.
+pub trait Base: Send + Sync {
+    /// Size in bytes.
+    fn len(&self) -> u64;
+    /// Whether the image has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Fills `buf` from `offset`; the range is within `len()`.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+}
+
+/// A plain file as the base: the file system image a machine first boots from.
+#[derive(Debug)]
+pub struct RawImage {
+    file: File,
+    len: u64,
+}
+
+impl RawImage {
+    /// Opens `path` for reading.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        Ok(RawImage { file, len })
+    }
+}
+
+impl Base for RawImage {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+}
+
+/// Where an overlay keeps written blocks.
+#[derive(Debug, Clone, Copy)]
+pub enum Storage<'a> {
+    /// In an unlinked file in this directory; gone when the process is, whatever ends it.
+    Directory(&'a Path),
+    /// In anonymous memory.
+    Memory,
+}
+
+impl Storage<'_> {
+    fn create(self, len: u64) -> io::Result<File> {
+        let file = match self {
+            Storage::Directory(dir) => tempfile::tempfile_in(dir)?,
+            Storage::Memory => File::from(memfd_create("amberbox-disk", MemfdFlags::CLOEXEC)?),
+        };
+        file.set_len(len)?;
+        Ok(file)
+    }
+}
+
+/// A run of consecutive blocks that differ from the base.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirtyRun {
+    /// First block.
+    pub first: u64,
+    /// Number of blocks.
+    pub count: u64,
+    /// All of it reads as zeros.
+    pub zero: bool,
+}
+
+/// One bit per block. Allocated zeroed, so the parts never touched cost no memory.
+#[derive(Clone)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn new(blocks: u64) -> Self {
+        Bits(vec![0; blocks.div_ceil(64) as usize])
+    }
+
+    fn get(&self, block: u64) -> bool {
+        self.0[(block / 64) as usize] & 1 << (block % 64) != 0
+    }
+
+    fn set(&mut self, block: u64) {
+        self.0[(block / 64) as usize] |= 1 << (block % 64);
+    }
+
+    fn clear(&mut self, block: u64) {
+        self.0[(block / 64) as usize] &= !(1 << (block % 64));
+    }
+
+    /// The first set bit at or after `from`.
+    fn next_set(&self, from: u64) -> Option<u64> {
+        let mut word = (from / 64) as usize;
+        let mut bits = self.0.get(word)? & u64::MAX << (from % 64);
+        while bits == 0 {
+            word += 1;
+            bits = *self.0.get(word)?;
+        }
+        Some(word as u64 * 64 + u64::from(bits.trailing_zeros()))
+    }
+}
+
+/// Which blocks the overlay owns, and which of these are zeros without storage.
+#[derive(Clone)]
+struct Ownership {
+    owned: Bits,
+    zero: Bits,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Base,
+    Zero,
+    Overlay,
+}
+
+impl Ownership {
+    fn new(blocks: u64) -> Self {
+        Ownership { owned: Bits::new(blocks), zero: Bits::new(blocks) }
+    }
+
+    fn source(&self, block: u64) -> Source {
+        match (self.owned.get(block), self.zero.get(block)) {
+            (false, _) => Source::Base,
+            (true, true) => Source::Zero,
+            (true, false) => Source::Overlay,
+        }
+    }
+
+    fn set_data(&mut self, block: u64) {
+        self.owned.set(block);
+        self.zero.clear(block);
+    }
+
+    fn set_zero(&mut self, block: u64) {
+        self.owned.set(block);
+        self.zero.set(block);
+    }
+
+    fn runs(&self, blocks: u64) -> impl Iterator<Item = DirtyRun> + '_ {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let first = self.owned.next_set(at).filter(|&b| b < blocks)?;
+            let source = self.source(first);
+            let mut end = first + 1;
+            while end < blocks && self.source(end) == source {
+                end += 1;
+            }
+            at = end;
+            Some(DirtyRun { first, count: end - first, zero: source == Source::Zero })
+        })
+    }
+}
+
+/// What a running freeze keeps of the past.
+struct Frozen {
+    then: Ownership,
+    /// Captured blocks that were overwritten since; their old content is in `aside`.
+    preserved: Bits,
+    aside: File,
+}
+
+struct State {
+    now: Ownership,
+    file: File,
+    frozen: Option<Frozen>,
+    /// The first error of the host's storage or of the base image.
+    fault: Option<String>,
+}
+
+struct Shared {
+    base: Option<Arc<dyn Base>>,
+    len: u64,
+    blocks: u64,
+    state: Mutex<State>,
+}
+
+/// A writable disk: an overlay over an optional base. Clones are the same disk.
+#[derive(Clone)]
+pub struct Overlay(Arc<Shared>);
+
+impl Overlay {
+    /// A disk of `len` bytes that starts with the content of `base`, and zeros beyond it.
+    pub fn new(base: Option<Arc<dyn Base>>, len: u64, storage: Storage<'_>) -> io::Result<Self> {
+        if len == 0 || !len.is_multiple_of(512) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "Disk size must be a positive multiple of 512",
+            ));
+        }
+        let blocks = len.div_ceil(BLOCK);
+        let state = State {
+            now: Ownership::new(blocks),
+            file: storage.create(blocks * BLOCK)?,
+            frozen: None,
+            fault: None,
+        };
+        Ok(Overlay(Arc::new(Shared { base, len, blocks, state: Mutex::new(state) })))
+    }
+
+    /// The blocks that differ from the base at this moment.
+    pub fn dirty(&self) -> Vec<DirtyRun> {
+        self.0.lock().now.runs(self.0.blocks).collect()
+    }
+
+    /// The first failure of the host's storage or of the base image, which the guest saw as an I/O error.
+    pub fn fault(&self) -> Option<String> {
+        self.0.lock().fault.clone()
+    }
+
+    /// Captures the owned blocks as they are now. `storage` takes what the guest overwrites while the capture
+    /// lives. One capture at a time.
+    pub fn freeze(&self, storage: Storage<'_>) -> io::Result<FrozenDisk> {
+        let mut state = self.0.lock();
+        if state.frozen.is_some() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "Disk is being captured already"));
+        }
+        state.frozen = Some(Frozen {
+            then: state.now.clone(),
+            preserved: Bits::new(self.0.blocks),
+            aside: storage.create(self.0.blocks * BLOCK)?,
+        });
+        Ok(FrozenDisk(Arc::clone(&self.0)))
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "Disk access beyond its end")),
+        }
+    }
+
+    fn noting<T>(&self, state: &mut State, result: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &result
+            && state.fault.is_none()
+        {
+            tracing::warn!(%error, "Disk storage failed");
+            state.fault = Some(error.to_string());
+        }
+        result
+    }
+
+    fn read_base(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let Some(base) = &self.base else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let inside = base.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (head, tail) = buf.split_at_mut(inside);
+        tail.fill(0);
+        if head.is_empty() { Ok(()) } else { base.read_at(offset, head) }
+    }
+
+    /// Reads a range, one call per run of blocks with the same source.
+    fn read(&self, state: &State, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
+        while !buf.is_empty() {
+            let source = state.now.source(offset / BLOCK);
+            let mut end = (offset / BLOCK + 1) * BLOCK;
+            while end < offset + buf.len() as u64 && state.now.source(end / BLOCK) == source {
+                end += BLOCK;
+            }
+            let (run, rest) = buf.split_at_mut(((end - offset) as usize).min(buf.len()));
+            match source {
+                Source::Base => self.read_base(offset, run)?,
+                Source::Zero => run.fill(0),
+                Source::Overlay => state.file.read_exact_at(run, offset)?,
+            }
+            offset = end;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    fn write(&self, state: &mut State, mut offset: u64, mut buf: &[u8]) -> io::Result<()> {
+        while !buf.is_empty() {
+            let within = (offset % BLOCK) as usize;
+            let whole = if within == 0 { buf.len() / BLOCK_SIZE * BLOCK_SIZE } else { 0 };
+            let done = if whole > 0 {
+                Self::write_blocks(state, offset / BLOCK, &buf[..whole])?;
+                whole
+            } else {
+                let piece = buf.len().min(BLOCK_SIZE - within);
+                let mut block = [0; BLOCK_SIZE];
+                self.read(state, offset - within as u64, &mut block)?;
+                block[within..within + piece].copy_from_slice(&buf[..piece]);
+                Self::write_blocks(state, offset / BLOCK, &block)?;
+                piece
+            };
+            offset += done as u64;
+            buf = &buf[done..];
+        }
+        Ok(())
+    }
+
+    /// Writes whole blocks. Blocks of zeros are noted and not stored.
+    fn write_blocks(state: &mut State, first: u64, data: &[u8]) -> io::Result<()> {
+        let count = (data.len() / BLOCK_SIZE) as u64;
+        let is_zero = |index: u64| {
+            let start = index as usize * BLOCK_SIZE;
+            is_zero(&data[start..start + BLOCK_SIZE])
+        };
+        let mut index = 0;
+        while index < count {
+            let zero = is_zero(index);
+            let mut end = index + 1;
+            while end < count && is_zero(end) == zero {
+                end += 1;
+            }
+            if zero {
+                state.zero_blocks(first + index, end - index)?;
+            } else {
+                let bytes = &data[index as usize * BLOCK_SIZE..end as usize * BLOCK_SIZE];
+                for block in first + index..first + end {
+                    state.preserve(block)?;
+                }
+                state.file.write_all_at(bytes, (first + index) * BLOCK)?;
+                // Only now, so that a failed write leaves the old content in place.
+                (first + index..first + end).for_each(|block| state.now.set_data(block));
+            }
+            index = end;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, state: &mut State, offset: u64, len: u64) -> io::Result<()> {
+        let end = offset + len;
+        let first = offset.div_ceil(BLOCK);
+        // The disk's last block may be shorter than a block.
+        let last = if end == self.len { self.blocks } else { end / BLOCK };
+        if first >= last {
+            return self.write(state, offset, &[0; 2 * BLOCK_SIZE][..len as usize]);
+        }
+        let head = first * BLOCK - offset;
+        self.write(state, offset, &[0; BLOCK_SIZE][..head as usize])?;
+        state.zero_blocks(first, last - first)?;
+        let tail = end.saturating_sub(last * BLOCK);
+        self.write(state, last * BLOCK, &[0; BLOCK_SIZE][..tail as usize])
+    }
+}
+
+impl State {
+    /// Copies a captured block aside before it changes.
+    fn preserve(&mut self, block: u64) -> io::Result<()> {
+        let Some(frozen) = &mut self.frozen else { return Ok(()) };
+        if frozen.then.source(block) == Source::Overlay && !frozen.preserved.get(block) {
+            let mut data = [0; BLOCK_SIZE];
+            self.file.read_exact_at(&mut data, block * BLOCK)?;
+            frozen.aside.write_all_at(&data, block * BLOCK)?;
+            frozen.preserved.set(block);
+        }
+        Ok(())
+    }
+
+    fn zero_blocks(&mut self, first: u64, count: u64) -> io::Result<()> {
+        let mut stored = false;
+        for block in first..first + count {
+            self.preserve(block)?;
+            stored |= self.now.source(block) == Source::Overlay;
+            self.now.set_zero(block);
+        }
+        if stored {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // Giving storage back is a courtesy: file systems that cannot punch holes merely keep it.
+            let _ = fallocate(&self.file, flags, first * BLOCK, count * BLOCK);
+        }
+        Ok(())
+    }
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    // Blocks of the file system's data rarely start with 16 zero bytes; the rest is one vectorised pass.
+    let (head, tail) = block.split_at(16.min(block.len()));
+    head.iter().all(|&b| b == 0) && tail.chunks(256).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
+}
+
+impl Disk for Overlay {
+    fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.check(offset, buf.len() as u64)?;
+        let mut state = self.0.lock();
+        let result = self.0.read(&state, offset, buf);
+        self.0.noting(&mut state, result)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.0.check(offset, buf.len() as u64)?;
+        let mut state = self.0.lock();
+        let result = self.0.write(&mut state, offset, buf);
+        self.0.noting(&mut state, result)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        // The overlay dies with the process; what has to outlive it goes into a snapshot.
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.check(offset, len)?;
+        let mut state = self.0.lock();
+        let result = self.0.zero(&mut state, offset, len);
+        self.0.noting(&mut state, result)
+    }
+}
+
+/// The owned blocks of an [`Overlay`] as they were when it was frozen. Dropping it ends the capture.
+pub struct FrozenDisk(Arc<Shared>);
+
+impl FrozenDisk {
+    /// Number of blocks of the whole disk.
+    pub fn blocks(&self) -> u64 {
+        self.0.blocks
+    }
+
+    /// The captured blocks, ascending.
+    pub fn dirty(&self) -> Vec<DirtyRun> {
+        let state = self.0.lock();
+        state.frozen.iter().flat_map(|frozen| frozen.then.runs(self.0.blocks)).collect()
+    }
+
+    /// Reads one captured block.
+    pub fn read_block(&self, block: u64, buf: &mut [u8; BLOCK_SIZE]) -> io::Result<()> {
+        let state = self.0.lock();
+        let Some(frozen) = state.frozen.as_ref().filter(|_| block < self.0.blocks) else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "No such block in the capture"));
+        };
+        match frozen.then.source(block) {
+            Source::Base => self.0.read_base(block * BLOCK, buf),
+            Source::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            Source::Overlay if frozen.preserved.get(block) => frozen.aside.read_exact_at(buf, block * BLOCK),
+            Source::Overlay => state.file.read_exact_at(buf, block * BLOCK),
+        }
+    }
+}
+
+impl Drop for FrozenDisk {
+    fn drop(&mut self) {
+        self.0.lock().frozen = None;
+    }
+}
