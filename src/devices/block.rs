@@ -259,3 +259,6 @@ impl VirtioDevice for Block {
         Ok(block)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -490,3 +490,6 @@ impl Drop for FrozenDisk {
         self.0.lock().frozen = None;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -491,3 +491,6 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync> Inner<D, M> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

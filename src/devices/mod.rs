@@ -20,6 +20,7 @@ pub mod rng;
 pub mod serial;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 
 use std::task::Waker;
 

@@ -89,3 +89,44 @@ fn fill<M: GuestMemory>(chain: &Chain, mem: &M) -> u32 {
     // At most MAX_REQUEST.
     done as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::testing::{Driver, RAM, into, out};
+
+    #[test]
+    fn fills_what_the_guest_offers() {
+        let mut driver = Driver::new(Entropy::default());
+        let buffer = driver.alloc(700);
+        assert_eq!(driver.request(0, &[into(buffer, 600), into(buffer + 600, 100)]), 700);
+        let bytes = driver.peek(buffer, 700);
+        // 700 random bytes have all but certainly more than 100 values; constants do not.
+        let mut seen = bytes.clone();
+        seen.sort_unstable();
+        seen.dedup();
+        assert!(seen.len() > 100);
+        assert_eq!(driver.request(0, &[into(buffer, 700)]), 700);
+        assert_ne!(driver.peek(buffer, 700), bytes);
+    }
+
+    #[test]
+    fn marks_what_it_fills_and_nothing_else() {
+        let mut driver = Driver::new(Entropy::default());
+        let buffer = driver.alloc(3 * 4096).next_multiple_of(4096);
+        driver.clean();
+        driver.request(0, &[into(buffer, 1)]);
+        assert!(driver.dirty(buffer));
+        assert!(!driver.dirty(buffer + 4096));
+    }
+
+    #[test]
+    fn odd_requests_get_what_is_possible() {
+        let mut driver = Driver::new(Entropy::default());
+        let buffer = driver.alloc(16);
+        assert_eq!(driver.request(0, &[out(buffer, 16)]), 0);
+        assert_eq!(driver.request(0, &[into(buffer, 0)]), 0);
+        assert_eq!(driver.request(0, &[into(RAM, 16)]), 0);
+        assert_eq!(driver.request(0, &[into(0x10_0000, 1 << 20)]), MAX_REQUEST as u32);
+    }
+}

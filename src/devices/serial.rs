@@ -219,3 +219,124 @@ impl fmt::Debug for Serial {
         f.debug_struct("Serial").field("state", &self.state()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::devices::testing::{TestIrq, state_round_trips};
+
+    const DATA: u8 = 0;
+    const IER: u8 = 1;
+    const IIR: u8 = 2;
+    const LCR: u8 = 3;
+    const MCR: u8 = 4;
+    const LSR: u8 = 5;
+
+    fn serial() -> (Serial, ConsoleLog, Arc<TestIrq>) {
+        let (log, irq) = (ConsoleLog::new(), Arc::new(TestIrq::default()));
+        (Serial::new(log.clone(), irq.clone()), log, irq)
+    }
+
+    fn print(serial: &Serial, text: &str) {
+        text.bytes().for_each(|byte| serial.write(DATA, byte));
+    }
+
+    #[test]
+    fn output_becomes_lines() {
+        let (serial, log, _) = serial();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&lines);
+        log.observe(move |line| seen.lock().unwrap().push(line.to_owned()));
+        print(&serial, "booting\r\nlogin: ");
+        assert_eq!(*lines.lock().unwrap(), ["booting"]);
+        print(&serial, "x\n");
+        assert_eq!(*lines.lock().unwrap(), ["booting", "login: x"]);
+        assert_eq!(log.tail(), "booting\r\nlogin: x\n");
+    }
+
+    #[test]
+    fn the_log_is_bounded() {
+        let (serial, log, _) = serial();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        log.observe(move |line| {
+            counted.fetch_add(line.len(), Ordering::SeqCst);
+        });
+        print(&serial, &"a".repeat(LOG_CAPACITY));
+        print(&serial, "the end");
+        let tail = log.tail();
+        assert_eq!(tail.len(), LOG_CAPACITY);
+        assert!(tail.ends_with("the end"));
+        assert_eq!(count.load(Ordering::SeqCst), LOG_CAPACITY, "long lines come in pieces");
+        serial.write(DATA, 0xff);
+        assert!(log.tail().ends_with('\u{fffd}'));
+    }
+
+    #[test]
+    fn the_line_follows_pending_and_enabled() {
+        let (serial, _, irq) = serial();
+        serial.write(DATA, b'x');
+        assert!(!irq.is_high(), "not enabled");
+        assert_eq!(serial.read(LSR) & 0x60, 0x60);
+        serial.write(IER, IER_TRANSMIT_EMPTY);
+        assert!(irq.is_high());
+        serial.write(IER, 0);
+        assert!(!irq.is_high(), "masked, still pending");
+        serial.write(IER, IER_TRANSMIT_EMPTY);
+        assert!(irq.is_high());
+        assert_eq!(irq.rises(), 2);
+        assert_eq!(serial.read(IIR) & 0x0f, 2);
+        assert!(!irq.is_high());
+        serial.write(DATA, b'x');
+        assert!(irq.is_high(), "the register is empty again");
+    }
+
+    #[test]
+    fn looks_like_a_16550() {
+        let (serial, _, _) = serial();
+        assert_eq!(serial.read(IIR) & 0xc0, 0xc0);
+        serial.write(7, 0x5a);
+        assert_eq!(serial.read(7), 0x5a);
+        serial.write(LCR, 0x83);
+        serial.write(DATA, 1);
+        assert_eq!(serial.read(DATA), 1);
+        serial.write(LCR, 3);
+        serial.write(MCR, 0x10);
+        serial.write(DATA, b'l');
+        assert_eq!(serial.read(LSR) & 1, 1);
+        assert_eq!(serial.read(DATA), b'l');
+        for offset in 0..=u8::MAX {
+            serial.read(offset);
+            serial.write(offset, 0xff);
+        }
+    }
+
+    #[test]
+    fn too_much_input_is_refused() {
+        let (serial, log, irq) = serial();
+        let mut state = serial.state();
+        state.in_buffer = vec![0; FIFO_SIZE];
+        assert!(Serial::restore(log.clone(), irq.clone(), &state).is_ok());
+        state.in_buffer.push(0);
+        assert!(Serial::restore(log, irq, &state).is_err());
+    }
+
+    state_round_trips! {
+        state,
+        device: serial().0,
+        mutate: |serial: &mut Serial| {
+            serial.write(IER, 0x0f);
+            serial.write(MCR, 0x10);
+            serial.write(DATA, b'x');
+        },
+        save: |serial: &Serial| serial.state(),
+        restore: |_: &Serial, state: &SerialState| {
+            let irq = Arc::new(TestIrq::default());
+            let restored = Serial::restore(ConsoleLog::new(), irq.clone(), state).unwrap();
+            assert_eq!(irq.is_high(), state.interrupt_identification & 6 != 0);
+            restored
+        },
+    }
+}
