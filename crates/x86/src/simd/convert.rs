@@ -10,8 +10,8 @@ use crate::cpu::{Cpu, Xmm};
 use crate::decode::{Lowered, gpr, xmm};
 use crate::flags::bit;
 use crate::mem::Int;
-use crate::ops::t;
 use crate::op::Op;
+use crate::ops::t;
 
 /// CVT(T)SS2SI and CVT(T)SD2SI.
 trait ToInteger {
@@ -55,11 +55,8 @@ unsafe fn to_integer<O: ToInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op
 
 unsafe fn from_integer<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
-    let v = if MEM {
-        t!(cpu, op, cpu.load::<O::Integer>(cpu.ea(op)))
-    } else {
-        cpu.reg::<O::Integer>((*op).src)
-    };
+    let v =
+        if MEM { t!(cpu, op, cpu.load::<O::Integer>(cpu.ea(op))) } else { cpu.reg::<O::Integer>((*op).src) };
     if check {
         let mut dst = cpu.xmm((*op).dst);
         O::run((&raw mut dst).cast(), v.to_u64());
@@ -260,11 +257,7 @@ unsafe fn extract<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *con
 /// PINSRB, PINSRW, PINSRD and PINSRQ; `aux` is the element.
 unsafe fn insert<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let v = if MEM {
-        t!(cpu, op, cpu.load::<T>(cpu.ea(op)))
-    } else {
-        T::from_u64(cpu.reg::<u64>((*op).src))
-    };
+    let v = if MEM { t!(cpu, op, cpu.load::<T>(cpu.ea(op))) } else { T::from_u64(cpu.reg::<u64>((*op).src)) };
     cpu.xmm_ptr((*op).dst).cast::<T>().add((*op).aux as usize).write_unaligned(v);
     Op::next(op)
 }

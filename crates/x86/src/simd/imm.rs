@@ -13,8 +13,8 @@ use super::{Run, operands, pairs};
 use crate::cpu::{Cpu, Xmm};
 use crate::decode::{Lowered, xmm};
 use crate::flags::bit;
-use crate::ops::t;
 use crate::op::{Op, reg};
+use crate::ops::t;
 
 /// `op xmm, xmm/m, imm8`, executed by the host.
 trait Imm {
@@ -77,7 +77,10 @@ impl<O: Text> Table<O> {
     const TEXT: [[Find; 16]; 8] = rows!(O, find; 0 1 2 3 4 5 6 7);
 }
 
-unsafe fn apply<const MEM: bool, const BYTES: u64, const FP: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+unsafe fn apply<const MEM: bool, const BYTES: u64, const FP: bool>(
+    cpu: &mut Cpu,
+    op: *const Op,
+) -> *const Op {
     let check = if FP { t!(cpu, op, cpu.fp_begin()) } else { false };
     if !FP {
         t!(cpu, op, cpu.vector_begin());

@@ -12,8 +12,8 @@ use super::moves::rdi_operand;
 use super::{CR0_EM, CR0_TS, Run};
 use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::{Lowered, gpr, xmm};
-use crate::ops::t;
 use crate::op::Op;
+use crate::ops::t;
 
 /// Bits 64 to 79 of a register that an MMX instruction wrote.
 const EXPONENT: u64 = 0xffff;
@@ -480,8 +480,7 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
     }
     match insn.code() {
         Code::Pshufw_mm_mmm64_imm8 | Code::Palignr_mm_mmm64_imm8 => {
-            let compute: Compute =
-                if insn.code() == Code::Pshufw_mm_mmm64_imm8 { pshufw } else { palignr };
+            let compute: Compute = if insn.code() == Code::Pshufw_mm_mmm64_imm8 { pshufw } else { palignr };
             op.imm = compute as usize as u64;
             op.aux = insn.immediate8();
             op.dst = mm(insn.op0_register());
@@ -561,7 +560,13 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
             op.h = from_xmm;
         }
         Code::Emms => op.h = emms,
-        _ => return if matches!(lower_convert(insn, op), Lowered::Plain) { Lowered::Plain } else { lower_shift(insn, op) },
+        _ => {
+            return if matches!(lower_convert(insn, op), Lowered::Plain) {
+                Lowered::Plain
+            } else {
+                lower_shift(insn, op)
+            };
+        }
     }
     Lowered::Plain
 }

@@ -5,8 +5,8 @@ use iced_x86::{Code, Instruction, OpKind};
 use super::operands;
 use crate::cpu::{Cpu, Xmm};
 use crate::decode::{Lowered, gpr, xmm};
-use crate::ops::t;
 use crate::op::{Op, reg};
+use crate::ops::t;
 
 /// Register to register, all 16 bytes.
 unsafe fn copy(cpu: &mut Cpu, op: *const Op) -> *const Op {

@@ -9,8 +9,8 @@ use iced_x86::{Code, Instruction};
 use super::{Run, gate, operands};
 use crate::cpu::{Cpu, Xmm};
 use crate::decode::Lowered;
-use crate::ops::t;
 use crate::op::Op;
+use crate::ops::t;
 
 /// An instruction of this form.
 trait Pair {

@@ -5,8 +5,8 @@ use iced_x86::{Code, Instruction};
 use super::{CR0_EM, CR0_TS, MXCSR_VALID};
 use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::Lowered;
-use crate::ops::t;
 use crate::op::Op;
+use crate::ops::t;
 
 /// Bytes of the image that FXSAVE writes and FXRSTOR reads; the other 96 are software's.
 const IMAGE: usize = 416;

@@ -188,8 +188,20 @@ impl X87 {
         let words = if wide {
             let (fip, fdp) = (self.fip as u32, self.fdp as u32);
             [
-                self.fcw, 0xffff, self.fsw, 0xffff, self.tags(), 0xffff, fip as u16, (fip >> 16) as u16, 0, self.fop,
-                fdp as u16, (fdp >> 16) as u16, 0, 0xffff,
+                self.fcw,
+                0xffff,
+                self.fsw,
+                0xffff,
+                self.tags(),
+                0xffff,
+                fip as u16,
+                (fip >> 16) as u16,
+                0,
+                self.fop,
+                fdp as u16,
+                (fdp >> 16) as u16,
+                0,
+                0xffff,
             ]
         } else {
             [self.fcw, self.fsw, self.tags(), self.fip as u16, 0, self.fdp as u16, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -204,7 +216,9 @@ impl X87 {
             let at = if wide { 4 * i } else { 2 * i };
             u16::from_le_bytes([image[at], image[at + 1]])
         };
-        let high = |i: usize| if wide { u64::from(u16::from_le_bytes([image[4 * i + 2], image[4 * i + 3]])) } else { 0 };
+        let high = |i: usize| {
+            if wide { u64::from(u16::from_le_bytes([image[4 * i + 2], image[4 * i + 3]])) } else { 0 }
+        };
         self.set_words(word(0), word(1));
         let tags = word(2);
         self.ftw = (0..8).fold(0, |f, i| f | u8::from(tags >> (2 * i) & 3 != 3) << i);

@@ -220,7 +220,8 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
     let code = insn.code();
     let handler = if let Some(row) = indexed(code) {
         // The register that is not the implied ST(0): both operands name ST(0) for ST(0).
-        let number = |i| if insn.op_register(i) == Register::None { 0 } else { insn.op_register(i).number() & 7 };
+        let number =
+            |i| if insn.op_register(i) == Register::None { 0 } else { insn.op_register(i).number() & 7 };
         let i = (0..insn.op_count()).map(number).max().unwrap_or(0);
         Some(row[i])
     } else {
