@@ -11,9 +11,8 @@ impl PageFlags {
     pub const PRESENT: u8 = 1;
     /// The page may differ from the sealed image it was restored from.
     pub const DIRTY: u8 = 2;
-    /// The CPU holds decoded instructions of this page: writers must report it (see [`Cpu::invalidate_code`]).
-    ///
-    /// [`Cpu::invalidate_code`]: crate::Cpu::invalidate_code
+    /// The CPU holds decoded instructions of this page: writers must report it (see
+    /// [`GuestRam::take_code_writes`]).
     pub const CODE: u8 = 4;
 }
 
@@ -38,6 +37,9 @@ pub unsafe trait GuestRam: Send + Sync {
     /// # Errors
     /// A description of why the page cannot be had; the CPU then stops with [`Exit::RamFault`](crate::Exit).
     fn fill(&self, page: u64) -> Result<(), String>;
+    /// Moves the page indices that devices wrote while they had [`PageFlags::CODE`] to `out`; called by the CPU after
+    /// [`Kick::code_written`](crate::Kick::code_written).
+    fn take_code_writes(&self, out: &mut Vec<u64>);
 }
 
 /// Everything outside the CPU and RAM: memory-mapped and port devices, the local APIC, platform MSRs, CPUID, time.
@@ -56,8 +58,9 @@ pub trait Bus {
     fn wrmsr(&mut self, index: u32, value: u64) -> bool;
     /// CPUID. Bits that mirror CPU state (OSXSAVE) are the CPU's own business.
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
-    /// Whether an interrupt is deliverable (above the task priority). Called at operation-sequence boundaries when
-    /// the kick word asked for it or RFLAGS.IF was just set.
+    /// Whether an interrupt is deliverable (above the task priority). Asked only after a hint: whoever may have made
+    /// an interrupt deliverable (a device, an EOI, a lowered task priority) calls [`Kick::interrupt`](crate::Kick::interrupt), or
+    /// [`Bus::poll`] returned true.
     fn interrupt_pending(&mut self) -> bool;
     /// Acknowledges the highest pending interrupt and returns its vector.
     fn acknowledge_interrupt(&mut self) -> Option<u8>;
@@ -67,7 +70,7 @@ pub trait Bus {
     fn set_task_priority(&mut self, priority: u8);
     /// The time-stamp counter.
     fn tsc(&mut self) -> u64;
-    /// Called between operation sequences every [`Cpu::poll_interval`](crate::Cpu) instructions or so, for timers.
+    /// Called between operation sequences every 10 000 instructions or so, for timers.
     /// Returns whether an interrupt is now deliverable.
     fn poll(&mut self) -> bool;
 }

@@ -9,7 +9,9 @@ use crate::bus::{Bus, GuestRam};
 use crate::code::CodeCache;
 use crate::flags::{Flags, bit};
 use crate::mem::{TLB_SIZE, TlbEntry};
+use crate::mmu::Mmu;
 use crate::op::{Op, reg};
+use crate::system::System;
 use crate::x87::X87;
 
 /// Why [`Cpu::run`] returned.
@@ -42,7 +44,7 @@ impl Kick {
     pub fn interrupt(&self) {
         self.0.fetch_or(Self::INTERRUPT, Ordering::Release);
     }
-    /// Makes the CPU drop the decoded code of pages that devices wrote (see [`Cpu::code_writes`]).
+    /// Makes the CPU drop the decoded code of pages that devices wrote (see [`GuestRam::take_code_writes`]).
     pub fn code_written(&self) {
         self.0.fetch_or(Self::CODE, Ordering::Release);
     }
@@ -219,6 +221,14 @@ pub struct Cpu {
     pub(crate) inhibit: bool,
     /// The instruction being executed runs alone, outside the code cache: it may write to its own page.
     pub(crate) alone: bool,
+    /// In HLT.
+    pub(crate) halted: bool,
+    /// An interrupt may be deliverable.
+    pub(crate) irq_hint: bool,
+    /// The branch that led to the run loop and can be linked to the sequence found next.
+    pub(crate) link_from: *mut Op,
+    /// The operations of an instruction that runs alone.
+    pub(crate) alone_ops: Vec<Op>,
     pub(crate) x87: X87,
     pub(crate) segs: [Segment; 6],
     pub(crate) ldtr: Segment,
@@ -231,6 +241,10 @@ pub struct Cpu {
     /// Addresses [0] in the lower, [1] in the upper half may be mapped by large pages: (base, mask) of a region that
     /// covers them all; INVLPG inside it flushes the whole TLB.
     pub(crate) large: [Option<(u64, u64)>; 2],
+    /// What `mmu` keeps beside the TLBs: `Mmu::new(&*ram)`.
+    pub(crate) mmu: Mmu,
+    /// What `system` keeps: `System::default()`.
+    pub(crate) system: System,
     pub(crate) code: CodeCache,
     pub(crate) ram: Arc<dyn GuestRam>,
     pub(crate) ram_host: *mut u8,
@@ -243,3 +257,246 @@ pub struct Cpu {
 // SAFETY: the raw pointers point into `self`'s own boxes, into `ram` (which is Send and kept alive by `self`) or, for
 // `bus`, are set only for the length of `run`.
 unsafe impl Send for Cpu {}
+
+/// Instructions between two calls of [`Bus::poll`].
+const POLL_INTERVAL: u64 = 10_000;
+
+impl Cpu {
+    /// A CPU in its reset-like state: long mode registers all zero; load a real one with [`Cpu::set_state`].
+    pub fn new(ram: Arc<dyn GuestRam>) -> Box<Cpu> {
+        let kick_handle = Kick::default();
+        let mut cpu = Box::new(Cpu {
+            r: [0; reg::COUNT],
+            fl: Flags { res: 1, ab: 1, c: 0 },
+            dtlb: ptr::null_mut(),
+            icount: 0,
+            icount_limit: 0,
+            kick: Arc::as_ptr(&kick_handle.0),
+            jump_cache: Box::new([JumpEntry::EMPTY; JUMP_CACHE]),
+            mode_key: 0,
+            xmm: [Xmm::default(); 16],
+            mxcsr: 0x1f80,
+            rip: 0,
+            stop: Stop::Next,
+            trap: TrapInfo::default(),
+            rflags: 2,
+            cpl: 0,
+            inhibit: false,
+            alone: false,
+            halted: false,
+            irq_hint: false,
+            link_from: ptr::null_mut(),
+            alone_ops: Vec::new(),
+            x87: X87::default(),
+            segs: [Segment::default(); 6],
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: Table::default(),
+            idtr: Table::default(),
+            ctl: Control::default(),
+            tlb: [Box::new([TlbEntry::EMPTY; TLB_SIZE]), Box::new([TlbEntry::EMPTY; TLB_SIZE])],
+            large: [None; 2],
+            code: CodeCache::default(),
+            mmu: Mmu::new(&*ram),
+            system: System::default(),
+            ram_host: ram.host(),
+            ram,
+            bus: None,
+            kick_handle,
+            ram_error: String::new(),
+            diagnostics: Diagnostics::default(),
+        });
+        cpu.set_cpl(0);
+        cpu
+    }
+
+    /// A handle that interrupts [`Cpu::run`] from any thread.
+    pub fn kick(&self) -> Kick {
+        self.kick_handle.clone()
+    }
+
+    /// Counters since the CPU was made.
+    pub fn diagnostics(&self) -> Diagnostics {
+        let mut d = self.diagnostics.clone();
+        d.instructions = self.icount;
+        d.code_cache_bytes = self.code.bytes() as u64;
+        d
+    }
+
+    /// The address of the next instruction.
+    pub fn rip(&self) -> u64 {
+        self.rip
+    }
+
+    /// The current privilege level, 0 or 3.
+    pub fn privilege(&self) -> u8 {
+        self.cpl
+    }
+
+    #[cold]
+    pub(crate) fn count_unimplemented(&mut self, mnemonic: u16) {
+        let name = iced_x86::Mnemonic::try_from(usize::from(mnemonic))
+            .map_or_else(|_| "unknown".to_owned(), |m| format!("{m:?}").to_lowercase());
+        *self.diagnostics.unimplemented.entry(name).or_default() += 1;
+    }
+
+    /// Runs the guest until something needs the caller, but for no more than about `budget` instructions.
+    pub fn run(&mut self, bus: &mut dyn Bus, budget: u64) -> Exit {
+        let bus: *mut dyn Bus = bus;
+        // SAFETY: only the lifetime changes; the pointer is removed before `run` returns, or never used again if a bus
+        // panics.
+        self.bus =
+            NonNull::new(unsafe { std::mem::transmute::<*mut dyn Bus, *mut (dyn Bus + 'static)>(bus) });
+        self.enter_guest_fp();
+        // SAFETY: `bus` is set for the length of the call.
+        let exit = unsafe { self.run_loop(budget) };
+        self.leave_guest_fp();
+        self.bus = None;
+        exit
+    }
+
+    unsafe fn bus_mut(&mut self) -> Option<&mut dyn Bus> {
+        self.bus.map(|mut b| b.as_mut())
+    }
+
+    unsafe fn run_loop(&mut self, budget: u64) -> Exit {
+        let end = self.icount.saturating_add(budget);
+        // Whatever was pending before this run began is found by asking.
+        self.irq_hint = true;
+        self.icount_limit = end.min(self.icount + POLL_INTERVAL);
+        loop {
+            if let Some(exit) = self.boundary(end) {
+                return exit;
+            }
+            let op = match if self.alone || self.rflags & bit::TF != 0 {
+                self.alone = true;
+                self.lookup_alone()
+            } else {
+                self.lookup_linked()
+            } {
+                Ok(op) => op,
+                Err(Trap) => {
+                    self.alone = false;
+                    match self.after_stop() {
+                        Some(exit) => return exit,
+                        None => continue,
+                    }
+                }
+            };
+            self.set_slot(reg::PAGE, self.rip & !0xfff);
+            let step = self.rflags & bit::TF != 0;
+            self.execute(op);
+            self.alone = false;
+            if self.stop == Stop::Next {
+                if step && self.single_step_trap() {
+                    if let Some(exit) = self.after_stop() {
+                        return exit;
+                    }
+                }
+            } else if let Some(exit) = self.after_stop() {
+                return exit;
+            }
+        }
+    }
+
+    /// Executes operations until one leaves.
+    #[inline(never)]
+    unsafe fn execute(&mut self, mut op: *const Op) {
+        while !op.is_null() {
+            op = ((*op).h)(self, op);
+        }
+    }
+
+    /// Finds the sequence at `rip`, remembers it in the jump cache, and links the branch that led here.
+    #[inline]
+    unsafe fn lookup_linked(&mut self) -> Result<*const Op, Trap> {
+        let index = Self::jump_index(self.rip);
+        let key = self.rip ^ self.mode_key;
+        let link = std::mem::replace(&mut self.link_from, ptr::null_mut());
+        let op = if self.jump_cache[index].key == key {
+            self.jump_cache[index].op
+        } else {
+            let op = self.lookup()?;
+            self.jump_cache[index] = JumpEntry { key: self.rip ^ self.mode_key, op };
+            op
+        };
+        if !link.is_null() {
+            (*link).imm = op as u64;
+        }
+        Ok(op)
+    }
+
+    /// What happens between sequences: kicks, timers, interrupts.
+    #[inline]
+    unsafe fn boundary(&mut self, end: u64) -> Option<Exit> {
+        if self.code.has_dropped() {
+            // A link may point from what is freed now.
+            self.link_from = ptr::null_mut();
+            self.bury();
+        }
+        if (*self.kick).load(Ordering::Relaxed) != 0 {
+            if self.kick_handle.take(Kick::CODE) {
+                let mut pages = Vec::new();
+                self.ram.take_code_writes(&mut pages);
+                for page in pages {
+                    self.invalidate_page(page);
+                }
+            }
+            if self.kick_handle.take(Kick::INTERRUPT) {
+                self.irq_hint = true;
+            }
+            if self.kick_handle.take(Kick::EXIT) {
+                return Some(Exit::Kicked);
+            }
+        }
+        if self.icount >= self.icount_limit {
+            if self.icount >= end {
+                return Some(Exit::Kicked);
+            }
+            self.icount_limit = end.min(self.icount + POLL_INTERVAL);
+            if self.bus_mut().is_some_and(|b| b.poll()) {
+                self.irq_hint = true;
+            }
+        }
+        if self.irq_hint && self.rflags & bit::IF != 0 && !self.inhibit {
+            let vector = self.bus_mut().and_then(|b| b.acknowledge_interrupt());
+            match vector {
+                Some(vector) => {
+                    self.halted = false;
+                    self.link_from = ptr::null_mut();
+                    if let Err(story) = self.deliver_interrupt(vector) {
+                        return Some(self.fatal(story));
+                    }
+                }
+                None => self.irq_hint = false,
+            }
+        }
+        self.inhibit = false;
+        if self.halted { Some(Exit::Halt) } else { None }
+    }
+
+    fn fatal(&self, story: String) -> Exit {
+        if self.stop == Stop::RamFault { Exit::RamFault(story) } else { Exit::Shutdown(story) }
+    }
+
+    /// Deals with a stop that is not just the end of a sequence.
+    #[cold]
+    unsafe fn after_stop(&mut self) -> Option<Exit> {
+        self.link_from = ptr::null_mut();
+        match self.stop {
+            Stop::Next => None,
+            Stop::Exception => self.deliver_exception().err().map(|story| self.fatal(story)),
+            Stop::Halt => {
+                self.halted = true;
+                self.irq_hint = true;
+                None
+            }
+            Stop::SelfModifying => {
+                self.alone = true;
+                None
+            }
+            Stop::RamFault => Some(Exit::RamFault(self.ram_error.clone())),
+            Stop::Shutdown => Some(Exit::Shutdown(self.ram_error.clone())),
+        }
+    }
+}

@@ -42,6 +42,10 @@ pub(crate) trait Int: Copy + sealed::Sealed + 'static {
     fn to_u64(self) -> u64;
     /// Sign-extends.
     fn sext(self) -> u64;
+    /// Sum with carry-in, CF, OF.
+    fn add_carry(self, b: Self, carry: bool) -> (Self, bool, bool);
+    /// Difference with borrow-in, CF, OF.
+    fn sub_borrow(self, b: Self, borrow: bool) -> (Self, bool, bool);
 }
 
 macro_rules! int {
@@ -56,6 +60,18 @@ macro_rules! int {
             fn to_u64(self) -> u64 { u64::from(self) }
             #[inline(always)]
             fn sext(self) -> u64 { self as $i as i64 as u64 }
+            #[inline(always)]
+            fn add_carry(self, b: Self, carry: bool) -> (Self, bool, bool) {
+                let (r1, c1) = self.overflowing_add(b);
+                let (r, c2) = r1.overflowing_add(<$u>::from(carry));
+                (r, c1 | c2, ((self ^ r) & (b ^ r)) >> (<$u>::BITS - 1) != 0)
+            }
+            #[inline(always)]
+            fn sub_borrow(self, b: Self, borrow: bool) -> (Self, bool, bool) {
+                let (r1, c1) = self.overflowing_sub(b);
+                let (r, c2) = r1.overflowing_sub(<$u>::from(borrow));
+                (r, c1 | c2, ((self ^ b) & (self ^ r)) >> (<$u>::BITS - 1) != 0)
+            }
         }
     )*};
 }

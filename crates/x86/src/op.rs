@@ -58,8 +58,10 @@ pub(crate) mod reg {
     pub(crate) const FS: u8 = 144;
     /// GS.base.
     pub(crate) const GS: u8 = 152;
+    /// Scratch of one instruction: the address of a 32-bit addressing form.
+    pub(crate) const TMP: u8 = 160;
     /// Number of slots.
-    pub(crate) const COUNT: usize = 20;
+    pub(crate) const COUNT: usize = 21;
 }
 
 impl Op {

@@ -3,6 +3,11 @@
 //! It is KVM's and Intel's vocabulary, so that every backend can load and save it. Restored state is untrusted:
 //! [`Cpu::set_state`](crate::Cpu::set_state) validates.
 
+mod convert;
+
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 /// A segment register with its hidden part.
@@ -70,4 +75,18 @@ pub struct CpuState {
     pub halted: bool,
     /// Whether interrupts are held off for one instruction (after STI or MOV SS).
     pub interrupt_shadow: bool,
+}
+
+/// Why a state cannot be loaded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// A register holds what no running CPU could have put there.
+    #[error("CPU state is not valid: {0} is {1:#x}")]
+    Register(&'static str, u64),
+    /// The FXSAVE image has another length than 512 bytes.
+    #[error("CPU state is not valid: the FXSAVE image has {0} bytes")]
+    FxsaveLength(usize),
+    /// The state has a model-specific register that the CPU does not hold itself.
+    #[error("CPU state is not valid: unknown MSR {0:#x}")]
+    UnknownMsr(u32),
 }
