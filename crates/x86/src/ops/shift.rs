@@ -149,8 +149,8 @@ pub(crate) unsafe fn double<T: Int, D: Place, const LEFT: bool>(cpu: &mut Cpu, o
             let (a_, b_) = (u128::from(a.to_u64()), u128::from(b.to_u64()));
             let (r, cf) = if LEFT {
                 // A 16-bit operand takes counts up to 31: behind `b` comes `a` again, as hardware does.
-                let wide = a_ << (2 * T::BITS) | b_ << T::BITS | a_;
-                let wide = if T::BITS == 64 { a_ << 64 | b_ } else { wide };
+                let wide =
+                    if T::BITS == 64 { a_ << 64 | b_ } else { a_ << (2 * T::BITS) | b_ << T::BITS | a_ };
                 let width = if T::BITS == 64 { 128 } else { 3 * T::BITS };
                 let r = wide >> (width - T::BITS - c);
                 (r, wide >> (width - c) & 1 != 0)
