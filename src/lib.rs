@@ -3,3 +3,5 @@
 pub mod agent;
 pub mod devices;
 pub mod machine;
+pub mod node;
+pub mod sandbox;
