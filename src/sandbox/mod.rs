@@ -18,6 +18,8 @@ mod registry;
 mod snapshots;
 mod stores;
 mod template;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use std::sync::LazyLock;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use amber_layers::{Kind, ListFilter, NewSnapshot, SnapshotMeta, Store};
 
 use super::registry::{Page, page, registry};
-use super::{Error, Sandbox, blocking, stores};
+use super::{Ended, Error, Sandbox, blocking, stores};
 
 /// A snapshot, as users see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,8 +92,8 @@ pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Resu
     match (taken, sandbox.ended()) {
         (Ok(meta), _) => Ok(SnapshotInfo::from(&meta)),
         // A machine that stopped meanwhile is the cause, whatever the capture made of it.
-        (Err(_), Some(ended)) => Err(Error::from(&ended)),
-        (Err(error), None) => Err(error),
+        (Err(_), Some(ended @ Ended::Crashed { .. })) => Err(Error::from(&ended)),
+        (Err(error), _) => Err(error),
     }
 }
 
