@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::StoreError;
-use crate::files::WorkArea;
 use crate::ids::SnapshotId;
 use crate::meta::ListFilter;
 use crate::publish::Publication;
@@ -38,7 +37,7 @@ impl Store {
             inherited.push(Arc::clone(layer));
         }
         self.publish(Publication {
-            area: WorkArea::create(&self.tmp_dir())?,
+            area: self.work_area()?,
             own: None,
             inherited,
             manifest,

@@ -8,15 +8,53 @@ use std::sync::{Mutex, PoisonError};
 
 use zstd::bulk::{Compressor, Decompressor};
 
+use crate::format::FRAME_BYTES;
+
 /// Stored as is.
 pub(crate) const RAW: u8 = 0;
 /// One zstd frame.
 pub(crate) const ZSTD: u8 = 1;
 
-/// Decoders that wait for their next use. A context is some 150 KiB, so they are shared by all threads of the
-/// process instead of kept per thread: many sandboxes are idle most of the time.
-static IDLE: Mutex<Vec<Decompressor<'static>>> = Mutex::new(Vec::new());
+/// What decoding a frame needs: a context of some 150 KiB and two buffers.
+pub(crate) struct Scratch {
+    decoder: Decompressor<'static>,
+    /// For bytes as they are stored.
+    pub(crate) stored: Box<[u8; FRAME_BYTES]>,
+    /// For decoded bytes.
+    pub(crate) content: Box<[u8; FRAME_BYTES]>,
+}
+
+/// Scratch space that waits for its next use, shared by all threads of the process instead of kept per thread: many
+/// sandboxes are idle most of the time.
+static IDLE: Mutex<Vec<Scratch>> = Mutex::new(Vec::new());
 const IDLE_MAX: usize = 16;
+
+impl Scratch {
+    fn new() -> io::Result<Scratch> {
+        let decoder = Decompressor::new()?;
+        Ok(Scratch { decoder, stored: Box::new([0; FRAME_BYTES]), content: Box::new([0; FRAME_BYTES]) })
+    }
+
+    /// Lends scratch space to `work`. Its buffers hold leftovers of earlier uses.
+    pub(crate) fn with<T>(work: impl FnOnce(&mut Scratch) -> T) -> io::Result<T> {
+        let idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut scratch = match idle {
+            Some(scratch) => scratch,
+            None => Scratch::new()?,
+        };
+        let result = work(&mut scratch);
+        let mut pool = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.len() < IDLE_MAX {
+            pool.push(scratch);
+        }
+        Ok(result)
+    }
+
+    /// Decodes the first `stored` bytes of its own buffer into the first `len` bytes of `content`.
+    pub(crate) fn decode_own(&mut self, codec: u8, stored: usize, len: usize) -> Result<(), DecodeError> {
+        decode_with(&mut self.decoder, codec, &self.stored[..stored], &mut self.content[..len])
+    }
+}
 
 /// Why decoding failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,29 +76,25 @@ impl DecodeError {
 
 /// Decodes `stored` so that it fills `out` exactly.
 pub(crate) fn decode(codec: u8, stored: &[u8], out: &mut [u8]) -> Result<(), DecodeError> {
+    Scratch::with(|s| decode_with(&mut s.decoder, codec, stored, out)).unwrap_or(Err(DecodeError::Invalid))
+}
+
+fn decode_with(
+    decoder: &mut Decompressor<'_>,
+    codec: u8,
+    stored: &[u8],
+    out: &mut [u8],
+) -> Result<(), DecodeError> {
     match codec {
         RAW if stored.len() == out.len() => {
             out.copy_from_slice(stored);
             Ok(())
         }
+        ZSTD => match decoder.decompress_to_buffer(stored, out) {
+            Ok(n) if n == out.len() => Ok(()),
+            _ => Err(DecodeError::Invalid),
+        },
         RAW => Err(DecodeError::Invalid),
-        ZSTD => {
-            let idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            let mut decoder = match idle {
-                Some(decoder) => decoder,
-                None => Decompressor::new().map_err(|_| DecodeError::Invalid)?,
-            };
-            let written = decoder.decompress_to_buffer(stored, out);
-            let mut pool = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
-            if pool.len() < IDLE_MAX {
-                pool.push(decoder);
-            }
-            drop(pool);
-            match written {
-                Ok(n) if n == out.len() => Ok(()),
-                _ => Err(DecodeError::Invalid),
-            }
-        }
         _ => Err(DecodeError::UnknownCodec),
     }
 }

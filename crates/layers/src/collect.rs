@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use crate::error::StoreError;
 use crate::files::{LOCK_NAME, dead_work_areas, sync_dir};
 use crate::ids::{LayerId, SnapshotId, random_text};
-use crate::layer::Layer;
 use crate::lock::{FileLock, holders};
 use crate::store::{Store, is_gone, names_in, read_meta};
 
@@ -91,6 +90,7 @@ impl Store {
 
     /// Removes layers that no snapshot names and nobody has open, and the leftovers of dead processes.
     pub fn gc(&self) -> Result<Collected, StoreError> {
+        self.writable()?;
         let dead = dead_work_areas(&self.tmp_dir())?;
         let collected = self.collect()?;
         remove_all(dead);
@@ -176,7 +176,7 @@ impl Store {
                 out.problems.push(Problem { snapshots, error });
             }
             for id in on_disk {
-                open.push((id, Layer::open(&self.layer_path(id), id, true)));
+                open.push((id, self.open_layer(id)));
             }
         }
         for (id, layer) in open {
@@ -231,9 +231,15 @@ impl Store {
     }
 }
 
+/// The last step of a recovery or deletion. Each directory gets a new name first, so that nobody who is just
+/// creating it finds itself in a directory that is being emptied.
 fn remove_all(dead: Vec<(PathBuf, FileLock)>) {
     for (dir, lock) in dead {
-        let _ = fs::remove_dir_all(&dir);
+        let Ok(name) = random_text() else { continue };
+        let doomed = dir.with_file_name(name);
+        if fs::rename(&dir, &doomed).is_ok() {
+            let _ = fs::remove_dir_all(&doomed);
+        }
         drop(lock);
     }
 }

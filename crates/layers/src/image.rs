@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
+use crate::codec::Scratch;
 use crate::error::{FormatError, ImageError, Part};
 use crate::extent::{Extent, ExtentMap, FrameIndex, ZERO_LAYER};
 use crate::format::{FRAME_BYTES, FRAME_PAGES, MAX_PAGES, PAGE_SIZE, Page, ZERO_PAGE};
@@ -209,20 +210,21 @@ impl Image {
         number: u16,
         frame: u32,
     ) -> Result<(), ImageError> {
-        let mut content = [0; FRAME_BYTES];
-        let pages = layer.read_frame(frame, &mut content)?;
-        self.frames_decoded.fetch_add(1, Ordering::Relaxed);
-        for extent in index.pages_of(number, frame) {
-            let from = (extent.slot % FRAME_PAGES as u32) as usize;
-            let count = extent.count as usize;
-            if from + count > pages {
-                let part = Part::Frame(frame);
-                return Err(FormatError::corrupt(layer.path(), part, "map refers behind its end").into());
+        let place = |scratch: &mut Scratch| {
+            let content = layer.read_frame(frame, scratch)?;
+            self.frames_decoded.fetch_add(1, Ordering::Relaxed);
+            for extent in index.pages_of(number, frame) {
+                let from = (extent.slot % FRAME_PAGES as u32) as usize * PAGE_SIZE;
+                let Some(bytes) = content.get(from..from + extent.count as usize * PAGE_SIZE) else {
+                    let part = Part::Frame(frame);
+                    return Err(FormatError::corrupt(layer.path(), part, "map refers behind its end").into());
+                };
+                self.place(extent.start, bytes)?;
+                self.mark(extent.start, extent.count);
             }
-            self.place(extent.start, &content[from * PAGE_SIZE..(from + count) * PAGE_SIZE])?;
-            self.mark(extent.start, extent.count);
-        }
-        Ok(())
+            Ok(())
+        };
+        Scratch::with(place).map_err(ImageError::Memory)?
     }
 
     fn fill_raw(&self, path: &Path, file: &File, chunk: u32) -> Result<(), ImageError> {

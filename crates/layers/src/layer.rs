@@ -8,11 +8,10 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::codec;
+use crate::codec::Scratch;
 use crate::error::{FormatError, ImageError, Part, StoreError};
 use crate::format::{
-    FORMAT_VERSION, FRAME_BYTES, FRAME_PAGES, HEADER_LEN, Hash, LAYER_MAGIC, MAX_FRAMES, PAGE_SIZE, Reader,
-    hash,
+    FORMAT_VERSION, FRAME_PAGES, HEADER_LEN, Hash, LAYER_MAGIC, MAX_FRAMES, PAGE_SIZE, Reader, hash,
 };
 use crate::ids::LayerId;
 use crate::lock::FileLock;
@@ -96,13 +95,17 @@ impl Layer {
         self.frame_count() * FRAME_PAGES as u32
     }
 
-    /// Reads, checks and decodes one frame into `out`; returns its number of pages.
-    pub(crate) fn read_frame(&self, number: u32, out: &mut [u8; FRAME_BYTES]) -> Result<usize, ImageError> {
+    /// Reads, checks and decodes one frame into the scratch space; returns its content.
+    pub(crate) fn read_frame<'a>(
+        &self,
+        number: u32,
+        scratch: &'a mut Scratch,
+    ) -> Result<&'a [u8], ImageError> {
         let part = Part::Frame(number);
         let bad = |reason| FormatError::corrupt(&self.path, part, reason);
         let frame = self.frames.get(number as usize).ok_or_else(|| bad("no such frame"))?;
-        let mut buffer = [0; FRAME_BYTES];
-        let stored = &mut buffer[..frame.stored as usize];
+        // At most FRAME_BYTES: checked with the index.
+        let stored = &mut scratch.stored[..frame.stored as usize];
         self.file.file().read_exact_at(stored, frame.offset).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
                 let found = self.file.file().metadata().map_or(0, |m| m.len());
@@ -113,15 +116,18 @@ impl Layer {
         if hash(stored) != frame.hash {
             return Err(FormatError::HashMismatch { file: self.path.clone(), part }.into());
         }
-        let pages = usize::from(frame.pages);
-        codec::decode(frame.codec, stored, &mut out[..pages * PAGE_SIZE]).map_err(|e| bad(e.reason()))?;
-        Ok(pages)
+        let len = usize::from(frame.pages) * PAGE_SIZE;
+        let decoded = scratch.decode_own(frame.codec, frame.stored as usize, len);
+        decoded.map_err(|e| bad(e.reason()))?;
+        Ok(&scratch.content[..len])
     }
 
     /// Checks every frame.
     pub(crate) fn verify(&self) -> Result<(), ImageError> {
-        let mut out = [0; FRAME_BYTES];
-        (0..self.frame_count()).try_for_each(|n| self.read_frame(n, &mut out).map(|_| ()))
+        let all = |scratch: &mut Scratch| {
+            (0..self.frame_count()).try_for_each(|n| self.read_frame(n, scratch).map(|_| ()))
+        };
+        Scratch::with(all).map_err(ImageError::Memory)?
     }
 }
 
@@ -359,6 +365,10 @@ mod tests {
         })
     }
 
+    fn read(layer: &Layer, frame: u32) -> Result<Vec<u8>, ImageError> {
+        Scratch::with(|s| layer.read_frame(frame, s).map(<[u8]>::to_vec)).unwrap()
+    }
+
     /// The id that a file with this header and index would have: for testing rules behind the hash.
     fn forge(bytes: &[u8], index_at: usize) -> LayerId {
         layer_id(bytes[..HEADER_LEN].try_into().unwrap(), &bytes[index_at..])
@@ -372,15 +382,9 @@ mod tests {
         let layer = open(&path, id).unwrap();
         assert_eq!((layer.id(), layer.frame_count(), layer.slots()), (id, 2, 32));
         assert_eq!(layer.file_len(), std::fs::metadata(&path).unwrap().len());
-        let mut out = [9; FRAME_BYTES];
-        assert_eq!(layer.read_frame(0, &mut out).unwrap(), 16);
-        assert!(out.iter().all(|b| *b == 1));
-        assert_eq!(layer.read_frame(1, &mut out).unwrap(), 3);
-        assert!(out[..3 * PAGE_SIZE].iter().all(|b| *b == 2));
-        assert!(matches!(
-            layer.read_frame(2, &mut out),
-            Err(ImageError::Format(FormatError::Corrupt { .. }))
-        ));
+        assert_eq!(read(&layer, 0).unwrap(), [1; 16 * PAGE_SIZE]);
+        assert_eq!(read(&layer, 1).unwrap(), [2; 3 * PAGE_SIZE]);
+        assert!(matches!(read(&layer, 2), Err(ImageError::Format(FormatError::Corrupt { .. }))));
         layer.verify().unwrap();
         assert_eq!(write(&dir.path().join("b"), &[frame(16, 1), frame(3, 2)]).unwrap(), id);
         assert_ne!(write(&dir.path().join("c"), &[frame(16, 1), frame(3, 3)]).unwrap(), id);
@@ -439,7 +443,7 @@ mod tests {
             (index_at + 10, 7, DecodeReason::Codec),
         ] {
             let layer = open(&path, forge(&put(at, &[value]), index_at)).unwrap();
-            match layer.read_frame(0, &mut [0; FRAME_BYTES]) {
+            match read(&layer, 0) {
                 Err(ImageError::Format(FormatError::Corrupt { reason, part: Part::Frame(0), .. })) => {
                     assert_eq!(reason.contains("codec"), matches!(want, DecodeReason::Codec), "{reason}");
                 }
@@ -448,7 +452,7 @@ mod tests {
         }
         put(HEADER_LEN + 2, &[0xff]);
         let layer = open(&path, id).unwrap();
-        let damaged = layer.read_frame(0, &mut [0; FRAME_BYTES]);
+        let damaged = read(&layer, 0);
         assert!(matches!(
             damaged,
             Err(ImageError::Format(FormatError::HashMismatch { part: Part::Frame(0), .. }))
@@ -475,7 +479,7 @@ mod tests {
         }
         // A layer that is cut while it is open.
         std::fs::write(&path, &good[..HEADER_LEN + 3]).unwrap();
-        let got = layer.read_frame(0, &mut [0; FRAME_BYTES]);
+        let got = read(&layer, 0);
         assert!(matches!(got, Err(ImageError::Format(FormatError::Truncated { .. }))));
         std::fs::write(&path, [&good[..], &[0]].concat()).unwrap();
         assert!(matches!(open(&path, id), Err(FormatError::Truncated { .. })));

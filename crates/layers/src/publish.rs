@@ -13,6 +13,8 @@ use crate::files::{LOCK_NAME, WorkArea, copy, create_dir, create_file, rename, s
 use crate::ids::{LayerId, SnapshotId};
 use crate::layer::Layer;
 use crate::lock::FileLock;
+use crate::manifest::{self, Prefetch, Section, SectionId};
+use crate::meta::{ListFilter, SnapshotMeta};
 use crate::store::{Store, is_gone, manifest_name};
 
 const NEW_SNAPSHOT: &str = "snapshot";
@@ -146,6 +148,33 @@ impl Store {
         Ok((id, replaced))
     }
 
+    /// Stores which pages copies of a snapshot need first. `false` when the snapshot was published again or deleted
+    /// meanwhile, so that the list does not belong to it any more.
+    pub fn record_prefetch(&self, meta: &SnapshotMeta, prefetch: &Prefetch) -> Result<bool, StoreError> {
+        let Some(manifest) = self.manifest(&meta.id, &meta.tag)? else { return Ok(false) };
+        if manifest.build() != meta.build {
+            return Ok(false);
+        }
+        let mut sections = manifest.all()?;
+        sections.retain(|s| s.id != SectionId::PREFETCH);
+        sections.push(Section {
+            id: SectionId::PREFETCH,
+            version: 1,
+            required: false,
+            bytes: prefetch.encode(),
+        });
+        let area = self.work_area()?;
+        let temporary = area.path(&manifest_name(&meta.tag));
+        write_file(&temporary, &manifest::encode(meta.build, &sections)?)?;
+        let _store = self.lock_exclusive()?;
+        if self.manifest(&meta.id, &meta.tag)?.is_none_or(|now| now.build() != meta.build) {
+            return Ok(false);
+        }
+        rename(&temporary, &self.manifest_path(&meta.id, &meta.tag))?;
+        sync_dir(&self.snapshot_dir(&meta.id))?;
+        Ok(true)
+    }
+
     /// The id that one of the names has, or a new one. The store lock is held exclusively, so two writers
     /// cannot give one name to two ids.
     fn choose_id(&self, p: &Publication) -> Result<SnapshotId, StoreError> {
@@ -174,8 +203,7 @@ impl Store {
     }
 
     fn id_of_name(&self, name: &str) -> Result<Option<SnapshotId>, StoreError> {
-        let filter = crate::meta::ListFilter::default();
-        let all = self.list(&filter)?;
+        let all = self.list(&ListFilter::default())?;
         Ok(all.into_iter().find(|meta| meta.names.iter().any(|n| n == name)).map(|meta| meta.id))
     }
 }

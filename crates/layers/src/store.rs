@@ -173,7 +173,7 @@ impl Store {
             }
         }
         create_dirs(&self.tmp_dir())?;
-        let area = WorkArea::create(&self.tmp_dir())?;
+        let area = self.work_area()?;
         let marker = area.path(MARKER);
         write_file(&marker, format!("{MARKER_PREFIX}{FORMAT_VERSION}\n").as_bytes())?;
         rename(&marker, &self.dir.join(MARKER))?;
@@ -204,14 +204,34 @@ impl Store {
         self.snapshot_dir(id).join(manifest_name(tag))
     }
 
-    /// The store lock in shared mode: nothing is removed while it is held.
-    pub(crate) fn lock_shared(&self) -> Result<FileLock, StoreError> {
+    /// Refuses to change a store that was opened read-only.
+    pub(crate) fn writable(&self) -> Result<(), StoreError> {
+        if self.read_only {
+            let source = io::ErrorKind::ReadOnlyFilesystem.into();
+            return Err(StoreError::NotWritable { path: self.dir.clone(), source });
+        }
+        Ok(())
+    }
+
+    /// A work area of this process.
+    pub(crate) fn work_area(&self) -> Result<WorkArea, StoreError> {
+        self.writable()?;
+        WorkArea::create(&self.tmp_dir())
+    }
+
+    /// The store lock in shared mode: nothing is removed while it is held. A store that was opened read-only is
+    /// not locked: nobody is expected to change it.
+    pub(crate) fn lock_shared(&self) -> Result<Option<FileLock>, StoreError> {
+        if self.read_only {
+            return Ok(None);
+        }
         let path = self.dir.join(STORE_LOCK);
-        FileLock::shared(&path).map_err(|e| StoreError::write("lock", &path, e))
+        FileLock::shared(&path).map(Some).map_err(|e| StoreError::write("lock", &path, e))
     }
 
     /// The store lock in exclusive mode: names and manifests do not change otherwise.
     pub(crate) fn lock_exclusive(&self) -> Result<FileLock, StoreError> {
+        self.writable()?;
         let path = self.dir.join(STORE_LOCK);
         FileLock::exclusive(&path).map_err(|e| StoreError::write("lock", &path, e))
     }
@@ -309,7 +329,7 @@ impl Store {
     pub fn open_tagged(self: &Arc<Self>, id: &SnapshotId, tag: &str) -> Result<Arc<Snapshot>, StoreError> {
         check_tag(tag)?;
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let store_lock = if self.read_only { None } else { Some(self.lock_shared()?) };
+        let store_lock = self.lock_shared()?;
         let not_found = || StoreError::NotFound { name: format!("{id}:{tag}") };
         let manifest = self.manifest(id, tag)?.ok_or_else(not_found)?;
         let key = (id.clone(), manifest.build());
@@ -348,11 +368,16 @@ impl Store {
         Ok(snapshot)
     }
 
+    /// Opens a layer file of this store, locked unless the store is read-only.
+    pub(crate) fn open_layer(&self, id: LayerId) -> Result<Layer, StoreError> {
+        Layer::open(&self.layer_path(id), id, !self.read_only)
+    }
+
     fn layer(&self, cache: &mut Cache, id: LayerId) -> Result<Arc<Layer>, StoreError> {
         if let Some(layer) = cache.layers.get(&id).and_then(Weak::upgrade) {
             return Ok(layer);
         }
-        let layer = match Layer::open(&self.layer_path(id), id, !self.read_only) {
+        let layer = match self.open_layer(id) {
             Err(StoreError::Io { source, .. }) if is_gone(&source) => {
                 return Err(StoreError::MissingLayer { layer: id, store: self.dir.clone() });
             }

@@ -197,7 +197,7 @@ impl SnapshotWriter {
     fn area(&mut self) -> Result<&WorkArea, StoreError> {
         match &mut self.area {
             Some(area) => Ok(area),
-            none => Ok(none.insert(WorkArea::create(&self.store.tmp_dir())?)),
+            none => Ok(none.insert(self.store.work_area()?)),
         }
     }
 
