@@ -2,3 +2,6 @@
 
 pub mod agent;
 pub mod devices;
+pub mod machine;
+pub mod node;
+pub mod sandbox;

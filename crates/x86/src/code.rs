@@ -179,6 +179,8 @@ impl Cpu {
         let pa = self.fetch(rip)?;
         let (_, sequence) = self.decode_at(rip, pa, 1)?;
         self.alone_ops = sequence.ops;
+        // However it branches, it comes back to the run loop.
+        self.icount_limit = 0;
         Ok(self.alone_ops.as_ptr())
     }
 

@@ -98,7 +98,6 @@ pub(crate) mod vector {
     pub(crate) const GP: u8 = 13;
     pub(crate) const PF: u8 = 14;
     pub(crate) const MF: u8 = 16;
-    pub(crate) const AC: u8 = 17;
     pub(crate) const XM: u8 = 19;
 }
 
@@ -387,13 +386,8 @@ impl Cpu {
             let step = self.rflags & bit::TF != 0;
             self.execute(op);
             self.alone = false;
-            if self.stop == Stop::Next {
-                if step && self.single_step_trap() {
-                    if let Some(exit) = self.after_stop() {
-                        return exit;
-                    }
-                }
-            } else if let Some(exit) = self.after_stop() {
+            let due = if self.stop == Stop::Next { step && self.single_step_trap() } else { true };
+            if due && let Some(exit) = self.after_stop() {
                 return exit;
             }
         }

@@ -30,7 +30,7 @@ impl TlbEntry {
 }
 
 mod sealed {
-    pub trait Sealed {}
+    pub(crate) trait Sealed {}
 }
 
 /// A guest operand: u8, u16, u32, u64.

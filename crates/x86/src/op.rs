@@ -73,4 +73,17 @@ impl Op {
     pub(crate) unsafe fn next(this: *const Op) -> *const Op {
         this.add(1)
     }
+
+    /// Executes the operation that follows, as a handler's last act.
+    ///
+    /// Optimised builds make this a jump, so that straight-line code runs from handler to handler. It does not depend
+    /// on that: branches return to the run loop's dispatcher, so at worst one sequence's handlers nest.
+    ///
+    /// # Safety
+    /// As [`Op::next`].
+    #[inline(always)]
+    pub(crate) unsafe fn run_next(cpu: &mut Cpu, this: *const Op) -> *const Op {
+        let next = this.add(1);
+        ((*next).h)(cpu, next)
+    }
 }

@@ -1,12 +1,18 @@
 //! Address translation: the TLBs' bookkeeping (Intel SDM vol. 3, chapters 4.10 and 4.1).
 //!
-//! `walk` reads the guest's page tables, `access` does what the fast path in `mem` could not. Two rules keep stale
+//! `walk` reads the guest's page tables, `slow` does what the fast path in `mem` could not. Two rules keep stale
 //! translations out: whatever enters a TLB that a CR3 write must drop is marked in a bitmap, so that a CR3 write costs
 //! what was used since the last one; and decoded code reached by user-mode addresses carries a generation number
 //! in its jump-cache key, so that a CR3 write forgets it by counting up.
 
-mod access;
+mod slow;
 mod walk;
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+pub(crate) use walk::access;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

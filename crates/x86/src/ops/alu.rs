@@ -82,7 +82,7 @@ pub(crate) unsafe fn alu<T: Int, O: Alu, D: Place, S: Source, const F: bool>(
 ) -> *const Op {
     let b: T = t!(cpu, op, S::get(cpu, op));
     t!(cpu, op, D::modify(cpu, op, |cpu, a: T| O::apply::<T, F>(cpu, a, b)));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CMP and TEST: flags of `D op S`, nothing written.
@@ -93,7 +93,7 @@ pub(crate) unsafe fn compare<T: Int, O: Alu, D: Source, S: Source>(
     let b: T = t!(cpu, op, S::get(cpu, op));
     let a: T = t!(cpu, op, D::get(cpu, op));
     O::apply::<T, true>(cpu, a, b);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CMP or TEST with the conditional jump that follows as the next operation.
@@ -146,19 +146,19 @@ pub(crate) unsafe fn step<T: Int, O: Alu, D: Place, const F: bool>(
             r
         })
     );
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// NEG.
 pub(crate) unsafe fn neg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, D::modify(cpu, op, |cpu, a: T| Sub::apply::<T, true>(cpu, T::from_u64(0), a)));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// NOT.
 pub(crate) unsafe fn not<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, D::modify(cpu, op, |_, a: T| T::from_u64(!a.to_u64())));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// XADD: the register gets the old value, the place the sum.
@@ -175,7 +175,7 @@ pub(crate) unsafe fn xadd<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *co
             Add::apply::<T, true>(cpu, a, b)
         })
     );
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// XCHG.
@@ -189,7 +189,7 @@ pub(crate) unsafe fn xchg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *co
             b
         })
     );
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CMPXCHG with the accumulator.
@@ -209,7 +209,7 @@ pub(crate) unsafe fn cmpxchg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> 
             }
         })
     );
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CMPXCHG8B and CMPXCHG16B: `T` is the half.
@@ -235,5 +235,5 @@ pub(crate) unsafe fn cmpxchg_pair<T: Int>(cpu: &mut Cpu, op: *const Op) -> *cons
         cpu.set_reg(RDX, hi);
     }
     cpu.fl.set_zf(equal);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }

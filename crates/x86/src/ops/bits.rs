@@ -40,7 +40,7 @@ pub(crate) unsafe fn bit_op<T: Int, D: Place, S: Source, const KIND: u8>(
             })
         );
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// The same on a bit string in memory: the register offset, a signed number, reaches beyond the operand.
@@ -63,7 +63,7 @@ pub(crate) unsafe fn bit_string<T: Int, const KIND: u8>(cpu: &mut Cpu, op: *cons
             })
         );
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// BSF (`FORWARD`) and BSR: a source of zero leaves the destination alone.
@@ -76,7 +76,7 @@ pub(crate) unsafe fn scan<T: Int, S: Source, const FORWARD: bool>(cpu: &mut Cpu,
     }
     // ZF tells; the others are undefined.
     cpu.fl.set_logic(v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// POPCNT.
@@ -85,5 +85,5 @@ pub(crate) unsafe fn popcnt<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> 
     cpu.set_reg((*op).dst, T::from_u64(u64::from(v.to_u64().count_ones())));
     // ZF as of the source, all others clear, PF too.
     cpu.fl.set_bits(if v.to_u64() == 0 { crate::flags::bit::ZF } else { 0 });
-    Op::next(op)
+    Op::run_next(cpu, op)
 }

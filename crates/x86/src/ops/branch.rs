@@ -68,7 +68,7 @@ unsafe fn take_unlinked(cpu: &mut Cpu, op: *const Op) -> *const Op {
 /// Jcc's work, for the jump itself and for what fuses with it: `op` is the jump's operation.
 #[inline(always)]
 pub(crate) unsafe fn conditional<const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    if cpu.fl.condition(CC) { take(cpu, op) } else { Op::next(op) }
+    if cpu.fl.condition(CC) { take(cpu, op) } else { Op::run_next(cpu, op) }
 }
 
 unsafe fn jcc<const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -144,7 +144,7 @@ pub(crate) unsafe fn count_jump(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let kind = (*op).aux & 3;
     let mut count = if short { u64::from(cpu.reg::<u32>(reg::RCX)) } else { cpu.slot(reg::RCX) };
     if kind == 3 {
-        return if count == 0 { take(cpu, op) } else { Op::next(op) };
+        return if count == 0 { take(cpu, op) } else { Op::run_next(cpu, op) };
     }
     count = count.wrapping_sub(1);
     if short {
@@ -159,5 +159,5 @@ pub(crate) unsafe fn count_jump(cpu: &mut Cpu, op: *const Op) -> *const Op {
             2 => !cpu.fl.zf(),
             _ => true,
         };
-    if go { take(cpu, op) } else { Op::next(op) }
+    if go { take(cpu, op) } else { Op::run_next(cpu, op) }
 }

@@ -10,7 +10,7 @@ use crate::op::{Handler, Op, reg};
 pub(crate) unsafe fn mov<T: Int, D: Place, S: Source>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: T = t!(cpu, op, S::get(cpu, op));
     t!(cpu, op, D::put(cpu, op, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV to a register from a base + displacement operand, the most frequent load.
@@ -18,7 +18,7 @@ pub(crate) unsafe fn load_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const O
     let va = cpu.ea_base(op);
     let v: T = t!(cpu, op, cpu.load(va));
     cpu.set_reg((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV of a register to a base + displacement operand.
@@ -26,35 +26,35 @@ pub(crate) unsafe fn store_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const 
     let va = cpu.ea_base(op);
     let v: T = cpu.reg((*op).src);
     t!(cpu, op, cpu.store(va, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVZX.
 pub(crate) unsafe fn movzx<D: Int, S: Int, P: Source>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: S = t!(cpu, op, P::get(cpu, op));
     cpu.set_reg((*op).dst, D::from_u64(v.to_u64()));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVSX, MOVSXD.
 pub(crate) unsafe fn movsx<D: Int, S: Int, P: Source>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: S = t!(cpu, op, P::get(cpu, op));
     cpu.set_reg((*op).dst, D::from_u64(v.sext()));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LEA; segments do not count.
 pub(crate) unsafe fn lea<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = cpu.ea(op);
     cpu.set_reg((*op).dst, T::from_u64(va));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LEA of base + displacement.
 pub(crate) unsafe fn lea_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = cpu.ea_base(op);
     cpu.set_reg((*op).dst, T::from_u64(va));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// First half of an instruction with 32-bit addressing: its address goes to the scratch slot, which the second half
@@ -62,14 +62,14 @@ pub(crate) unsafe fn lea_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op
 pub(crate) unsafe fn address32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = u64::from(cpu.ea(op) as u32).wrapping_add(cpu.slot((*op).aux));
     cpu.set_slot(reg::TMP, va);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// First half of MOV with a 64-bit absolute address, which is in `imm`.
 pub(crate) unsafe fn address64(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = (*op).imm.wrapping_add(cpu.slot((*op).aux));
     cpu.set_slot(reg::TMP, va);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// PUSH.
@@ -78,7 +78,7 @@ pub(crate) unsafe fn push<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *c
     let sp = cpu.slot(reg::RSP).wrapping_sub(T::BYTES);
     t!(cpu, op, cpu.store(sp, v));
     cpu.set_slot(reg::RSP, sp);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// POP to a register.
@@ -87,7 +87,7 @@ pub(crate) unsafe fn pop<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: T = t!(cpu, op, cpu.load(sp));
     cpu.set_slot(reg::RSP, sp.wrapping_add(T::BYTES));
     cpu.set_reg((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// POP to memory: an address that uses RSP sees it incremented.
@@ -100,7 +100,7 @@ pub(crate) unsafe fn pop_mem<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op 
         cpu.set_slot(reg::RSP, sp);
         return cpu.trap(op);
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LEAVE.
@@ -109,7 +109,7 @@ pub(crate) unsafe fn leave(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: u64 = t!(cpu, op, cpu.load(bp));
     cpu.set_slot(reg::RSP, bp.wrapping_add(8));
     cpu.set_slot(reg::RBP, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// ENTER (64-bit operand): `imm` is the frame size, `aux` the nesting level, 0 to 31.
@@ -134,14 +134,14 @@ pub(crate) unsafe fn enter(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.probe_write(sp, 8));
     cpu.set_slot(reg::RBP, frame);
     cpu.set_slot(reg::RSP, sp);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SETcc; the condition is in `aux`.
 pub(crate) unsafe fn setcc<D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = u8::from(cpu.fl.condition((*op).aux));
     t!(cpu, op, D::put(cpu, op, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CMOVcc; the condition is in `aux`. The source is read, and a 32-bit destination cleared above, in any case.
@@ -150,21 +150,21 @@ pub(crate) unsafe fn cmov<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *c
     let old: T = cpu.reg((*op).dst);
     let v = if cpu.fl.condition((*op).aux) { new } else { old };
     cpu.set_reg((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CBW, CWDE, CDQE: `S` sign-extends to `D` in the accumulator.
 pub(crate) unsafe fn extend_acc<D: Int, S: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: S = cpu.reg(reg::RAX);
     cpu.set_reg(reg::RAX, D::from_u64(v.sext()));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CWD, CDQ, CQO: the accumulator's sign fills the data register.
 pub(crate) unsafe fn extend_pair<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v: T = cpu.reg(reg::RAX);
     cpu.set_reg(reg::RDX, T::from_u64(((v.sext() as i64) >> 63) as u64));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// BSWAP of 32 or 64 bits (16 is undefined: the register's low word becomes zero, as hardware does).
@@ -176,7 +176,7 @@ pub(crate) unsafe fn bswap<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         _ => 0,
     };
     cpu.set_reg((*op).dst, T::from_u64(r));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// XLATB.
@@ -185,14 +185,14 @@ pub(crate) unsafe fn xlat(cpu: &mut Cpu, op: *const Op) -> *const Op {
         cpu.slot(reg::RBX).wrapping_add(u64::from(cpu.reg::<u8>(reg::RAX))).wrapping_add(cpu.slot((*op).seg));
     let v: u8 = t!(cpu, op, cpu.load(va));
     cpu.set_reg(reg::RAX, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LAHF.
 pub(crate) unsafe fn lahf(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let f = cpu.fl.bits() as u8 | 2;
     cpu.set_reg(reg::RAX + 1, f);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SAHF: OF keeps its value.
@@ -200,7 +200,7 @@ pub(crate) unsafe fn sahf(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let f = u64::from(cpu.reg::<u8>(reg::RAX + 1));
     let of = cpu.fl.bits() & bit::OF;
     cpu.fl.set_bits((f & (bit::ARITHMETIC & 0xff)) | of);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CLC, STC, CMC, CLD, STD: `aux` is 0, 1, 2, 3, 4.
@@ -215,18 +215,18 @@ pub(crate) unsafe fn flag(cpu: &mut Cpu, op: *const Op) -> *const Op {
         3 => cpu.rflags &= !bit::DF,
         _ => cpu.rflags |= bit::DF,
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// NOP, PAUSE, fences, prefetches, ENDBR.
-pub(crate) unsafe fn nop(_: &mut Cpu, op: *const Op) -> *const Op {
-    Op::next(op)
+pub(crate) unsafe fn nop(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    Op::run_next(cpu, op)
 }
 
 /// CLFLUSH and kin: the address must be readable.
 pub(crate) unsafe fn touch(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let _: u8 = t!(cpu, op, super::Mem::get(cpu, op));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// An instruction that is not there: #UD, counted under the mnemonic in `imm` when `aux` is set.

@@ -37,7 +37,7 @@ pub(crate) unsafe fn mul<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *co
     let (lo, hi) = (T::from_u64(wide as u64), T::from_u64((wide >> T::BITS) as u64));
     put_pair(cpu, lo, hi);
     set_overflow(cpu, lo, hi.to_u64() != 0);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// IMUL, one operand.
@@ -48,7 +48,7 @@ pub(crate) unsafe fn imul<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *c
     let (lo, hi) = (T::from_u64(wide as u64), T::from_u64((wide >> T::BITS) as u64));
     put_pair(cpu, lo, hi);
     set_overflow(cpu, lo, i128::from(lo.sext() as i64) != wide);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// IMUL, two operands (`A` is the destination) or three (`A` is the source, `B` the immediate).
@@ -59,7 +59,7 @@ pub(crate) unsafe fn imul2<T: Int, A: Source, B: Source>(cpu: &mut Cpu, op: *con
     let lo = T::from_u64(wide as u64);
     cpu.set_reg((*op).dst, lo);
     set_overflow(cpu, lo, i128::from(lo.sext() as i64) != wide);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// DIV.
@@ -81,7 +81,7 @@ pub(crate) unsafe fn div<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *co
         ((n / u128::from(d)) as u64, (n % u128::from(d)) as u64)
     };
     put_pair(cpu, T::from_u64(q), T::from_u64(r));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// IDIV.
@@ -100,7 +100,7 @@ pub(crate) unsafe fn idiv<T: Int, S: Source>(cpu: &mut Cpu, op: *const Op) -> *c
     match quotient {
         Some((q, r)) if i128::from(T::from_u64(q as u64).sext() as i64) == q => {
             put_pair(cpu, T::from_u64(q as u64), T::from_u64(r as u64));
-            Op::next(op)
+            Op::run_next(cpu, op)
         }
         _ => {
             cpu.raise(vector::DE, None);

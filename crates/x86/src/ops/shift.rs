@@ -111,7 +111,7 @@ fn mask<T: Int>() -> u32 {
 pub(crate) unsafe fn by_imm<T: Int, O: Shift, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let c = u32::from((*op).aux);
     t!(cpu, op, D::modify(cpu, op, |cpu, a: T| O::apply(cpu, a, c)));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SHL, SHR, SAR of a register by an immediate when nobody reads the flags: `KIND` is 0, 1, 2.
@@ -124,14 +124,14 @@ pub(crate) unsafe fn by_imm_quiet<T: Int, const KIND: u8>(cpu: &mut Cpu, op: *co
         _ => (a.sext() as i64 >> c) as u64,
     };
     cpu.set_reg((*op).dst, T::from_u64(r));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// By CL: a count of zero changes no flag (but is still a write).
 pub(crate) unsafe fn by_cl<T: Int, O: Shift, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let c = u32::from(cpu.reg::<u8>(reg::RCX)) & mask::<T>();
     t!(cpu, op, D::modify(cpu, op, |cpu, a: T| if c == 0 { a } else { O::apply(cpu, a, c) }));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SHLD (`LEFT`) and SHRD; the count is `aux`, or CL when `aux` is 0xff.
@@ -149,8 +149,8 @@ pub(crate) unsafe fn double<T: Int, D: Place, const LEFT: bool>(cpu: &mut Cpu, o
             let (a_, b_) = (u128::from(a.to_u64()), u128::from(b.to_u64()));
             let (r, cf) = if LEFT {
                 // A 16-bit operand takes counts up to 31: behind `b` comes `a` again, as hardware does.
-                let wide = a_ << (2 * T::BITS) | b_ << T::BITS | a_;
-                let wide = if T::BITS == 64 { a_ << 64 | b_ } else { wide };
+                let wide =
+                    if T::BITS == 64 { a_ << 64 | b_ } else { a_ << (2 * T::BITS) | b_ << T::BITS | a_ };
                 let width = if T::BITS == 64 { 128 } else { 3 * T::BITS };
                 let r = wide >> (width - T::BITS - c);
                 (r, wide >> (width - c) & 1 != 0)
@@ -164,5 +164,5 @@ pub(crate) unsafe fn double<T: Int, D: Place, const LEFT: bool>(cpu: &mut Cpu, o
             set(cpu, r, cf, of)
         })
     );
-    Op::next(op)
+    Op::run_next(cpu, op)
 }

@@ -59,12 +59,12 @@ pub(crate) unsafe fn stos<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         let va = cpu.slot(reg::RDI);
         t!(cpu, op, cpu.store(va, v));
         cpu.advance(reg::RDI, stride);
-        return Op::next(op);
+        return Op::run_next(cpu, op);
     }
     loop {
         let count = cpu.slot(reg::RCX);
         if count == 0 {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         let va = cpu.slot(reg::RDI);
         let mut done = 0;
@@ -109,12 +109,12 @@ pub(crate) unsafe fn movs<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         t!(cpu, op, cpu.store(to, v));
         cpu.advance(reg::RSI, stride);
         cpu.advance(reg::RDI, stride);
-        return Op::next(op);
+        return Op::run_next(cpu, op);
     }
     loop {
         let count = cpu.slot(reg::RCX);
         if count == 0 {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         let (from, to) = (cpu.slot(reg::RSI).wrapping_add(base), cpu.slot(reg::RDI));
         let mut done = 0;
@@ -164,14 +164,14 @@ pub(crate) unsafe fn lods<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     loop {
         let count = if (*op).aux == ONCE { 1 } else { cpu.slot(reg::RCX) };
         if count == 0 {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         let va = cpu.slot(reg::RSI).wrapping_add(base);
         let v: T = t!(cpu, op, cpu.load(va));
         cpu.set_reg(reg::RAX, v);
         cpu.advance(reg::RSI, stride);
         if (*op).aux == ONCE {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         cpu.set_slot(reg::RCX, count - 1);
         if count > 1 && cpu.must_leave() {
@@ -190,7 +190,7 @@ pub(crate) unsafe fn compare<T: Int, const SCAN: bool>(cpu: &mut Cpu, op: *const
     loop {
         let count = if prefix == ONCE { 1 } else { cpu.slot(reg::RCX) };
         if count == 0 {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         let to = cpu.slot(reg::RDI);
         let a: T = if SCAN {
@@ -206,11 +206,11 @@ pub(crate) unsafe fn compare<T: Int, const SCAN: bool>(cpu: &mut Cpu, op: *const
         }
         cpu.advance(reg::RDI, stride);
         if prefix == ONCE {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         cpu.set_slot(reg::RCX, count - 1);
         if cpu.fl.zf() == (prefix == REPNE) {
-            return Op::next(op);
+            return Op::run_next(cpu, op);
         }
         if count > 1 && cpu.must_leave() {
             let rip = cpu.this_rip(op);

@@ -11,7 +11,7 @@ pub(crate) mod rig;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind};
 
 pub(crate) use control::{CR3_RESERVED, cr0, cr4, efer, msr, valid_pat};
 pub(crate) use segment::{FLAT_CODE, FLAT_DATA, attr, is_null};

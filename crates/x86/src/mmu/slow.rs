@@ -299,7 +299,10 @@ impl Cpu {
             }
             return Ok(());
         }
-        self.probe_write_as(va, bytes, user)?;
+        // In the order of pushes, so that the right address is reported.
+        for i in (0..words.len() as u64).rev() {
+            self.probe_write_as(va.wrapping_add(i * 8), 8, user)?;
+        }
         for (i, word) in words.iter().enumerate() {
             self.store_at(va.wrapping_add(i as u64 * 8), 8, *word, user)?;
         }

@@ -1,0 +1,170 @@
+'use strict'
+const {
+  FileNotFoundError,
+  FileType,
+  InvalidArgumentError,
+  NotEnoughSpaceError,
+  NotFoundError,
+} = require('..')
+const { ownStore, failure } = require('./support')
+
+const store = ownStore()
+let sandbox
+let files
+
+beforeAll(async () => {
+  sandbox = await store.create()
+  files = sandbox.files
+})
+
+test('text, bytes, blob and stream come back as they were written', async () => {
+  const text = 'Grüße, 世界\n'
+  const bytes = Uint8Array.from({ length: 300_000 }, (_, i) => (i * 7) & 255)
+  const written = await files.write('a/b/text', text)
+  expect(written).toEqual({ name: 'text', path: '/home/user/a/b/text', type: 'file', metadata: undefined })
+  await files.write('buffer', bytes.buffer)
+  await files.write('blob', new Blob([bytes.subarray(0, 1000), bytes.subarray(1000)]))
+  await files.write(
+    'stream',
+    new ReadableStream({
+      start(controller) {
+        for (let at = 0; at < bytes.length; at += 50_000) controller.enqueue(bytes.subarray(at, at + 50_000))
+        controller.close()
+      },
+    }),
+  )
+  expect(await files.read('/home/user/a/b/text')).toBe(text)
+  for (const name of ['buffer', 'blob', 'stream']) {
+    const got = await files.read(name, { format: 'bytes' })
+    expect(got).toBeInstanceOf(Uint8Array)
+    expect(Buffer.compare(got, bytes)).toBe(0)
+  }
+  const blob = await files.read('blob', { format: 'blob' })
+  expect(Buffer.compare(Buffer.from(await blob.arrayBuffer()), bytes)).toBe(0)
+  const pieces = []
+  for await (const piece of await files.read('stream', { format: 'stream' })) pieces.push(piece)
+  expect(Buffer.compare(Buffer.concat(pieces), bytes)).toBe(0)
+})
+
+test('an empty file is empty in every format', async () => {
+  await files.write('empty', '')
+  expect(await files.read('empty')).toBe('')
+  expect(await files.read('empty', { format: 'bytes' })).toHaveLength(0)
+  expect((await files.read('empty', { format: 'blob' })).size).toBe(0)
+  const { done } = await (await files.read('empty', { format: 'stream' })).getReader().read()
+  expect(done).toBe(true)
+})
+
+test('write replaces, keeps to the user, and takes many files', async () => {
+  await files.write('twice', 'long content')
+  await files.write('twice', 'short')
+  expect(await files.read('twice')).toBe('short')
+  expect(await files.getInfo('twice')).toMatchObject({ owner: 'user', group: 'user', mode: 0o644, size: 5 })
+  await files.write('of-root', 'x', { user: 'root' })
+  expect(await files.getInfo('/root/of-root')).toMatchObject({ owner: 'root' })
+  const many = await files.writeFiles([
+    { path: 'm/1', data: 'one' },
+    { path: 'm/2', data: new Blob(['two']) },
+  ])
+  expect(many.map(({ path }) => path)).toEqual(['/home/user/m/1', '/home/user/m/2'])
+  expect(await files.read('m/2')).toBe('two')
+  expect(await files.write([])).toEqual([])
+})
+
+test('metadata is kept with the file and replaced on each write', async () => {
+  const written = await files.write('meta', 'x', { metadata: { Author: 'me', kind: 'draft' } })
+  expect(written.metadata).toEqual({ author: 'me', kind: 'draft' })
+  expect((await files.getInfo('meta')).metadata).toEqual({ author: 'me', kind: 'draft' })
+  await files.write('meta', 'y')
+  expect((await files.getInfo('meta')).metadata).toBeUndefined()
+  const bad = await failure(files.write('never', 'x', { metadata: { 'a b': 'c' } }))
+  expect(bad).toBeInstanceOf(InvalidArgumentError)
+  expect(await files.exists('never')).toBe(false)
+})
+
+test('list: order, depth, kinds', async () => {
+  await files.write('tree/b/inner', 'x')
+  await files.write('tree/a', 'x')
+  await files.makeDir('tree/c')
+  await sandbox.commands.run('ln -s ../a tree/c/link')
+  const flat = await files.list('tree')
+  expect(flat.map(({ name, type }) => [name, type])).toEqual([
+    ['a', FileType.FILE],
+    ['b', FileType.DIR],
+    ['c', FileType.DIR],
+  ])
+  const deep = await files.list('tree', { depth: 2 })
+  expect(deep.map(({ path }) => path.slice('/home/user/tree/'.length))).toEqual([
+    'a',
+    'b',
+    'b/inner',
+    'c',
+    'c/link',
+  ])
+  expect(deep.at(-1)).toMatchObject({ type: 'file', symlinkTarget: '/home/user/tree/a' })
+  expect(await failure(files.list('tree', { depth: 0 }))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(files.list('tree/a'))).toBeInstanceOf(InvalidArgumentError)
+})
+
+test('getInfo, exists, makeDir, rename, remove', async () => {
+  expect(await files.exists('d')).toBe(false)
+  expect(await files.makeDir('d/e')).toBe(true)
+  expect(await files.makeDir('d/e')).toBe(false)
+  expect(await files.getInfo('d')).toMatchObject({ type: 'dir', permissions: 'drwxr-xr-x', owner: 'user' })
+  await files.write('d/e/f', 'x')
+  const info = await files.getInfo('d/e/f')
+  expect(info).toMatchObject({ name: 'f', path: '/home/user/d/e/f', type: 'file', permissions: '-rw-r--r--' })
+  expect(Math.abs(info.modifiedTime.getTime() - Date.now())).toBeLessThan(120_000)
+  expect(await files.rename('d/e/f', 'other/place/g')).toMatchObject({ path: '/home/user/other/place/g' })
+  expect(await files.exists('d/e/f')).toBe(false)
+  await files.remove('d')
+  expect(await files.exists('d')).toBe(false)
+  await expect(files.remove('d')).resolves.toBeUndefined()
+})
+
+test('what is missing or wrong has a class of its own', async () => {
+  for (const call of [
+    files.read('nope'),
+    files.getInfo('nope'),
+    files.rename('nope', 'x'),
+    files.list('nope'),
+  ]) {
+    const error = await failure(call)
+    expect(error).toBeInstanceOf(FileNotFoundError)
+    expect(error).toBeInstanceOf(NotFoundError)
+    expect(error.message).toContain('nope')
+  }
+  expect(await failure(files.read('/etc'))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(files.read('a\0b'))).toBeInstanceOf(InvalidArgumentError)
+  expect((await failure(files.write())).message).toBe('Path or files are required')
+  expect((await failure(files.write('x', [{ path: 'y', data: '' }]))).message).toContain(
+    'Cannot specify both',
+  )
+  expect(await failure(files.write('x', 42))).toBeInstanceOf(InvalidArgumentError)
+  expect(await files.exists('x')).toBe(false)
+})
+
+test('a full disk: typed error, nothing half written, the sandbox goes on', async () => {
+  await sandbox.commands.run('mkdir /tmp/small && mount -t tmpfs -o size=1m tmpfs /tmp/small', {
+    user: 'root',
+  })
+  await files.write('/tmp/small/keep', 'kept', { user: 'root' })
+  const error = await failure(files.write('/tmp/small/keep', Buffer.alloc(4 << 20, 1), { user: 'root' }))
+  expect(error).toBeInstanceOf(NotEnoughSpaceError)
+  expect(await files.read('/tmp/small/keep')).toBe('kept')
+  expect((await files.list('/tmp/small')).map(({ name }) => name)).toEqual(['keep'])
+})
+
+test('aborting a stream that is being written leaves what was there', async () => {
+  await files.write('stable', 'before')
+  const controller = new AbortController()
+  const endless = (async function* () {
+    for (let i = 0; ; i++) {
+      if (i === 5) controller.abort()
+      yield Buffer.alloc(10_000)
+    }
+  })()
+  const error = await failure(files.write('stable', endless, { signal: controller.signal }))
+  expect(error.name).toBe('AbortError')
+  expect(await files.read('stable')).toBe('before')
+})

@@ -1,0 +1,165 @@
+'use strict'
+const { Sandbox, SandboxError, SandboxNotFoundError, InvalidArgumentError } = require('..')
+const { ownStore, failure, until } = require('./support')
+
+const store = ownStore()
+
+/** A counter that lives in the memory of one guest process only, and answers over two pipes. */
+const COUNTER = `
+import os
+os.mkfifo('/tmp/in'); os.mkfifo('/tmp/out')
+count = 0
+while True:
+    with open('/tmp/in') as f: count += int(f.read())
+    with open('/tmp/out', 'w') as f: f.write(str(count))
+`
+const add = async (sandbox, n) => {
+  const { stdout } = await sandbox.commands.run(`echo ${n} > /tmp/in; cat /tmp/out`)
+  return Number(stdout)
+}
+
+test('memory of a running process survives into each copy and diverges there', async () => {
+  const source = await store.create({ metadata: { job: '42' } })
+  await source.files.write('/tmp/counter.py', COUNTER)
+  const counter = await source.commands.run('exec python3 /tmp/counter.py', {
+    background: true,
+    timeoutMs: 0,
+  })
+  await until(() => source.files.exists('/tmp/out'))
+  expect(await add(source, 40)).toBe(40)
+
+  const id = source.sandboxId
+  const snapshot = await source.createSnapshot()
+  expect(snapshot).toEqual({ snapshotId: expect.any(String), names: [] })
+  // The source goes on: same id, same process, same memory, and its open command still has its handle.
+  expect(source.sandboxId).toBe(id)
+  expect(await source.isRunning()).toBe(true)
+  expect(await add(source, 1)).toBe(41)
+
+  const [a, b] = await Promise.all([1, 2].map(() => store.create(snapshot.snapshotId)))
+  expect(new Set([id, a.sandboxId, b.sandboxId]).size).toBe(3)
+  expect(await add(a, 2)).toBe(42)
+  expect(await add(b, 60)).toBe(100)
+  expect(await add(a, 1)).toBe(43)
+  expect(await add(source, 1)).toBe(42)
+
+  // The process keeps its id in each copy and can be reached there.
+  const inCopy = await a.commands.connect(counter.pid)
+  expect(await a.commands.kill(counter.pid)).toBe(true)
+  expect((await failure(inCopy.wait())).error).toBe('signal: killed')
+  expect(await add(b, 0)).toBe(100)
+
+  expect((await a.getInfo()).templateId).toBe(snapshot.snapshotId)
+  expect((await a.getInfo()).metadata).toEqual({})
+
+  // Files are private to each copy as well.
+  await a.files.write('/tmp/mine', 'a')
+  expect(await b.files.exists('/tmp/mine')).toBe(false)
+  expect(await source.files.exists('/tmp/mine')).toBe(false)
+
+  // In use: refused, with the names of the users.
+  const refused = await failure(Sandbox.deleteSnapshot(snapshot.snapshotId))
+  expect(refused).toBeInstanceOf(SandboxError)
+  expect(refused.message).toMatch(/^400: cannot delete template/)
+  expect(refused.message).toContain(a.sandboxId)
+  expect(refused.message).toContain(b.sandboxId)
+  expect(refused.message).not.toContain(id)
+
+  // Killing the source leaves snapshot and copies alone.
+  await source.kill()
+  expect(await add(b, 1)).toBe(101)
+  const late = await store.create(snapshot.snapshotId)
+  expect(await add(late, 0)).toBe(40)
+
+  await Promise.all([a, b, late].map((sandbox) => sandbox.kill()))
+  expect(await Sandbox.deleteSnapshot(snapshot.snapshotId)).toBe(true)
+  expect(await Sandbox.deleteSnapshot(snapshot.snapshotId)).toBe(false)
+  const gone = await failure(Sandbox.create(snapshot.snapshotId))
+  expect(gone).toBeInstanceOf(SandboxError)
+  expect(gone.message).toMatch(/^404: /)
+})
+
+test('a copy knows that it is one: host name, machine id, random numbers, environment, clock', async () => {
+  const source = await store.create({ envs: { WHO: 'source' } })
+  const { snapshotId } = await source.createSnapshot()
+  const copies = await Promise.all(
+    [1, 2].map((n) => store.create(snapshotId, { envs: { WHO: `copy ${n}` } })),
+  )
+  const probe = 'hostname; cat /etc/machine-id; head -c 16 /dev/urandom | od -An -tx1; echo "$WHO"; date +%s'
+  const seen = await Promise.all(
+    [source, ...copies].map(async (s) => (await s.commands.run(probe)).stdout.split('\n')),
+  )
+  expect(seen.map(([host]) => host)).toEqual([source, ...copies].map(({ sandboxId }) => sandboxId))
+  expect(new Set(seen.map((lines) => lines[1])).size).toBe(3)
+  expect(new Set(seen.map((lines) => lines[2])).size).toBe(3)
+  expect(seen.map((lines) => lines[3])).toEqual(['source', 'copy 1', 'copy 2'])
+  for (const lines of seen) expect(Math.abs(Number(lines[4]) - Date.now() / 1000)).toBeLessThan(30)
+})
+
+test('a snapshot of a copy of a snapshot', async () => {
+  let sandbox = await store.create()
+  for (const generation of [1, 2, 3]) {
+    await sandbox.commands.run(`echo ${generation} >> /tmp/generations`)
+    const { snapshotId } = await Sandbox.createSnapshot(sandbox.sandboxId)
+    sandbox = await store.create(snapshotId)
+  }
+  expect(await sandbox.files.read('/tmp/generations')).toBe('1\n2\n3\n')
+})
+
+test('listing: newest first, by source, by name, in pages', async () => {
+  const [one, two] = [await store.create(), await store.create()]
+  const made = []
+  for (let i = 0; i < 3; i++) made.unshift((await one.createSnapshot()).snapshotId)
+  const other = await two.createSnapshot({ name: 'Listed-Name' })
+  expect(other.names).toEqual(['listed-name'])
+
+  const ids = []
+  const pages = one.listSnapshots({ limit: 2 })
+  expect(pages.hasNext).toBe(true)
+  ids.push((await pages.nextItems()).map((s) => s.snapshotId))
+  expect(pages.hasNext).toBe(true)
+  expect(pages.nextToken).toEqual(expect.any(String))
+  const resumed = Sandbox.listSnapshots({ sandboxId: one.sandboxId, limit: 2, nextToken: pages.nextToken })
+  ids.push((await pages.nextItems()).map((s) => s.snapshotId))
+  expect(ids).toEqual([made.slice(0, 2), made.slice(2)])
+  expect(pages.hasNext).toBe(false)
+  expect(pages.nextToken).toBeUndefined()
+  expect((await failure(pages.nextItems())).message).toBe('No more items to fetch')
+  expect((await resumed.nextItems()).map((s) => s.snapshotId)).toEqual(made.slice(2))
+
+  const all = await Sandbox.listSnapshots().nextItems()
+  expect(all[0]).toEqual(other)
+  expect(all.map((s) => s.snapshotId)).toEqual(expect.arrayContaining(made))
+  expect(await Sandbox.listSnapshots({ name: 'listed-name' }).nextItems()).toEqual([other])
+  expect(await Sandbox.listSnapshots({ name: 'unknown' }).nextItems()).toEqual([])
+  expect(await Sandbox.listSnapshots({ sandboxId: 'iunknown' }).nextItems()).toEqual([])
+})
+
+test('a name: usable as template, moves to the newest content under the same id', async () => {
+  const sandbox = await store.create()
+  await sandbox.files.write('/tmp/version', '1')
+  const first = await sandbox.createSnapshot({ name: 'versioned' })
+  await sandbox.files.write('/tmp/version', '2')
+  const second = await sandbox.createSnapshot({ name: 'versioned' })
+  expect(second).toEqual(first)
+  const copy = await store.create('versioned')
+  expect(await copy.files.read('/tmp/version')).toBe('2')
+  expect((await copy.getInfo()).name).toBe('versioned')
+  expect(await failure(sandbox.createSnapshot({ name: 'not a name' }))).toBeInstanceOf(InvalidArgumentError)
+  await copy.kill()
+  expect(await Sandbox.deleteSnapshot('versioned')).toBe(true)
+})
+
+test('a second snapshot at the same time is refused, a kill waits', async () => {
+  const sandbox = await store.create()
+  const first = sandbox.createSnapshot()
+  const refused = await failure(sandbox.createSnapshot())
+  expect(refused).toBeInstanceOf(SandboxError)
+  expect(refused.message).toMatch(/^409: /)
+  const killed = sandbox.kill()
+  const { snapshotId } = await first
+  expect(await killed).toBe(true)
+  const copy = await store.create(snapshotId)
+  expect((await copy.commands.run('echo whole')).stdout).toBe('whole\n')
+  expect(await failure(sandbox.createSnapshot())).toBeInstanceOf(SandboxNotFoundError)
+})

@@ -1,0 +1,293 @@
+//! The virtual machine: RAM, CPU, interrupt controllers, clock and devices, put together as [`platform`] says.
+//!
+//! A [`Machine`] is booted from a kernel or restored from a snapshot; it is created paused. Its CPU has a thread of its own
+//! ([`run`]); devices work on that thread and on those of their users. Everything that waits does so
+//! blockingly: call it where blocking is allowed. Nothing here needs an async runtime; only [`Machine::ended`] is a
+//! future.
+//!
+//! Rooms:
+//! - [`platform`]: what the guest sees, as one table.
+//! - [`ram`]: guest memory, its lazy filling and its page flags.
+//! - [`irq`]: local APIC, I/O APIC, interval timer. [`clock`]: guest time, TSC, kvm-clock.
+//! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; `bus`: what a CPU reaches.
+//! - `boot`: loading a kernel; `run`: the CPU's thread; `devices`: who is in which slot; `end`: how it ends.
+
+mod boot;
+mod bus;
+pub mod clock;
+mod devices;
+mod end;
+pub mod irq;
+pub mod platform;
+pub mod ram;
+mod run;
+pub mod soft;
+pub mod vcpu;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use self::boot::BootError;
+use self::clock::Clock;
+use self::devices::{Devices, Parts};
+use self::irq::Irqchip;
+use self::platform::MemoryMap;
+use self::ram::view::view;
+use self::ram::{Ram, RamError};
+use self::run::{Core, Guts};
+use self::vcpu::{Backend, BackendKind, Counters};
+use crate::devices::disk::Overlay;
+use crate::devices::serial::{ConsoleLog, LineObserver};
+use crate::devices::vsock::VsockConnector;
+
+pub use self::devices::DevicesState;
+pub use self::end::{EndKind, MachineEnd};
+
+/// A machine cannot be made, or cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Not a size that a machine can have.
+    #[error("{bytes} bytes is not a valid RAM size; use whole pages between 64 MiB and 64 GiB")]
+    RamSize {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// No RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The kernel image cannot be read.
+    #[error("Cannot read the guest kernel {path}")]
+    Kernel {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The kernel cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The backend has no CPU.
+    #[error("Cannot create a {} CPU: {reason}", backend.name())]
+    Cpu {
+        /// Which backend.
+        backend: BackendKind,
+        /// Why not.
+        reason: String,
+    },
+    /// No thread.
+    #[error("Cannot start a thread for the virtual CPU")]
+    Thread(#[source] std::io::Error),
+    /// No random numbers.
+    #[error("Cannot get random numbers from the host")]
+    Random(#[source] std::io::Error),
+    /// It has ended.
+    #[error("The machine has ended: {0}")]
+    Ended(MachineEnd),
+}
+
+/// What a machine boots.
+pub struct BootConfig {
+    /// Bytes of RAM.
+    pub ram: u64,
+    /// A vmlinux, plain or zstd.
+    pub kernel: PathBuf,
+    /// The first program.
+    pub init: String,
+    /// More kernel parameters.
+    pub parameters: String,
+    /// The root disk.
+    pub disk: Overlay,
+}
+
+/// Numbers about a machine, for those who look for trouble.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Diagnostics {
+    /// What the CPU has done.
+    pub cpu: Counters,
+    /// Times that it woke up from HLT.
+    pub wakeups: u64,
+    /// Guest time in nanoseconds.
+    pub guest_ns: u64,
+    /// Pages that differ from the base image.
+    pub dirty_pages: u64,
+    /// Pages that were never touched.
+    pub absent_pages: u64,
+    /// MSRs that the guest asked for and did not get, with the value if it was a write.
+    pub unknown_msrs: Vec<(u32, Option<u64>)>,
+    /// Address of the next instruction.
+    pub rip: u64,
+}
+
+/// A virtual machine. Clones are the same machine; it ends when the last of them goes.
+#[derive(Clone)]
+pub struct Machine(Arc<Handle>);
+
+struct Handle {
+    core: Arc<Core>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    connector: VsockConnector,
+    backend: BackendKind,
+    ram: u64,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Handle {
+    fn kill(&self) {
+        self.core.kill();
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        // The CPU's own thread may drop the last handle (in a waker): it ends by itself.
+        if let Some(thread) = thread.take_if(|t| t.thread().id() != std::thread::current().id()) {
+            // The thread catches panics; what it had to say is in the machine's end.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("backend", &self.0.backend).field("ram", &self.0.ram).finish()
+    }
+}
+
+impl Machine {
+    /// A machine about to boot, paused.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the configuration or the host.
+    pub fn boot(config: BootConfig, backend: &dyn Backend) -> Result<Machine, MachineError> {
+        let map = MemoryMap::new(config.ram).ok_or(MachineError::RamSize { bytes: config.ram })?;
+        let kernel = std::fs::read(&config.kernel)
+            .map_err(|source| MachineError::Kernel { path: config.kernel.clone(), source })?;
+        let ram = Arc::new(Ram::new(map)?);
+        let memory = memory_of(&ram)?;
+        let mut seed = [0; 32];
+        rustix::rand::getrandom(&mut seed[..], rustix::rand::GetRandomFlags::empty())
+            .map_err(|e| MachineError::Random(e.into()))?;
+        let command_line = platform::command_line(&config.init, &config.parameters);
+        let state = boot::load(&memory, map, &kernel, &command_line, &seed)?;
+        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
+        let mut vcpu = backend.create_vcpu(&ram).map_err(cpu_error)?;
+        vcpu.set_state(&state).map_err(cpu_error)?;
+        let (irqchip, console) = (Arc::new(Irqchip::new()), ConsoleLog::new());
+        let devices =
+            Devices::new(Parts { memory, irqchip: &irqchip, disk: config.disk, console: console.clone() });
+        let guts =
+            Guts { ram, vcpu, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
+        Self::assemble(guts, irqchip, Clock::new(map), console, backend.kind())
+    }
+
+    fn assemble(
+        guts: Guts,
+        irqchip: Arc<Irqchip>,
+        clock: Clock,
+        console: ConsoleLog,
+        backend: BackendKind,
+    ) -> Result<Machine, MachineError> {
+        let connector = guts.devices.connector();
+        let ram = guts.ram.map().bytes();
+        let (core, thread) =
+            Core::spawn(guts, irqchip, Arc::new(clock), console).map_err(MachineError::Thread)?;
+        let thread = Mutex::new(Some(thread));
+        Ok(Machine(Arc::new(Handle { core, thread, connector, backend, ram })))
+    }
+
+    /// Which kind of CPU it has.
+    pub fn backend(&self) -> BackendKind {
+        self.0.backend
+    }
+
+    /// Bytes of RAM.
+    pub fn ram_bytes(&self) -> u64 {
+        self.0.ram
+    }
+
+    /// Lets the machine run; it is created paused.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        if self.0.core.set_paused(false) { Ok(()) } else { Err(self.ended_error()) }
+    }
+
+    /// Stops the CPU, the devices and guest time. Blocks until they stand, which takes microseconds.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        if self.0.core.set_paused(true) { Ok(()) } else { Err(self.ended_error()) }
+    }
+
+    /// The way to the guest's vsock ports.
+    pub fn vsock(&self) -> VsockConnector {
+        self.0.connector.clone()
+    }
+
+    /// The last part of what the guest wrote to its console.
+    pub fn console_tail(&self) -> String {
+        self.0.core.console.tail()
+    }
+
+    /// Calls `observer` for each further line of the console, on the CPU's thread.
+    pub fn observe_console(&self, observer: LineObserver) {
+        self.0.core.console.observe(observer);
+    }
+
+    /// Numbers about the machine. Stops it for some microseconds.
+    pub fn diagnostics(&self) -> Diagnostics {
+        let core = &self.0.core;
+        let mut diagnostics = Diagnostics { guest_ns: core.clock.now(), ..Diagnostics::default() };
+        if let Some(mut held) = core.hold()
+            && let Some(guts) = held.guts()
+        {
+            (diagnostics.dirty_pages, diagnostics.absent_pages) = guts.ram.counts();
+            diagnostics.unknown_msrs.clone_from(&guts.unknown_msrs);
+            diagnostics.rip = guts.vcpu.state().rip;
+        }
+        (diagnostics.cpu, diagnostics.wakeups) = core.counters();
+        diagnostics
+    }
+
+    /// How the machine ended, as soon as it has.
+    pub fn ended(&self) -> impl Future<Output = MachineEnd> + Send + 'static {
+        let mut end = self.0.core.end();
+        async move {
+            loop {
+                if let Some(end) = end.borrow_and_update().clone() {
+                    return end;
+                }
+                if end.changed().await.is_err() {
+                    // The core is gone, and with it the machine.
+                    let console = String::new();
+                    return MachineEnd { kind: EndKind::Killed, detail: String::new(), console };
+                }
+            }
+        }
+    }
+
+    /// How the machine ended, if it has.
+    pub fn end(&self) -> Option<MachineEnd> {
+        self.0.core.end().borrow().clone()
+    }
+
+    /// Ends the machine and waits until its thread is gone and its memory is given back. May be called any number of
+    /// times.
+    pub fn kill(&self) {
+        self.0.kill();
+    }
+
+    fn ended_error(&self) -> MachineError {
+        let killed = || MachineEnd { kind: EndKind::Killed, detail: String::new(), console: String::new() };
+        MachineError::Ended(self.end().unwrap_or_else(killed))
+    }
+}
+
+fn memory_of(ram: &Arc<Ram>) -> Result<ram::view::GuestMemory, MachineError> {
+    view(ram).map_err(|_| MachineError::RamSize { bytes: ram.map().bytes() })
+}

@@ -1,0 +1,84 @@
+//! The software CPU behind the machine's CPU seam.
+
+use std::sync::Arc;
+
+use amber_x86::state::CpuState;
+use amber_x86::{Bus, Cpu, Exit, Kick};
+
+use super::ram::Ram;
+use super::vcpu::{Backend, BackendKind, Counters, Kicker, Vcpu, VcpuExit};
+
+/// RFLAGS: interrupts enabled.
+const IF: u64 = 1 << 9;
+
+/// Makes software CPUs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Soft;
+
+impl Backend for Soft {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Soft
+    }
+
+    fn create_vcpu(&self, ram: &Arc<Ram>) -> Result<Box<dyn Vcpu>, String> {
+        let ram: Arc<Ram> = Arc::clone(ram);
+        Ok(Box::new(SoftVcpu { cpu: Cpu::new(ram) }))
+    }
+}
+
+struct SoftVcpu {
+    cpu: Box<Cpu>,
+}
+
+struct SoftKicker(Kick);
+
+impl Kicker for SoftKicker {
+    fn kick(&self) {
+        self.0.kick();
+    }
+    fn interrupt(&self) {
+        self.0.interrupt();
+    }
+    fn code_written(&self) {
+        self.0.code_written();
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, bus: &mut dyn Bus) -> VcpuExit {
+        match self.cpu.run(bus, u64::MAX) {
+            Exit::Halt if self.cpu.state().rflags & IF == 0 => VcpuExit::Dead,
+            Exit::Halt => VcpuExit::Halt,
+            Exit::Kicked => VcpuExit::Kicked,
+            Exit::Shutdown(story) => VcpuExit::Shutdown(story),
+            Exit::RamFault(reason) => VcpuExit::Failed(reason),
+        }
+    }
+
+    fn state(&self) -> CpuState {
+        self.cpu.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), String> {
+        self.cpu.set_state(state).map_err(|e| e.to_string())
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        Arc::new(SoftKicker(self.cpu.kick()))
+    }
+
+    fn forget_dirty(&mut self) {
+        self.cpu.forget_all_writable();
+    }
+
+    fn counters(&self) -> Counters {
+        let d = self.cpu.diagnostics();
+        Counters {
+            instructions: d.instructions,
+            interrupts: d.interrupts,
+            exceptions: (0..).zip(d.exceptions).filter(|(_, count)| *count > 0).collect(),
+            unimplemented: d.unimplemented.into_iter().collect(),
+            other: vec![("sequences decoded", d.sequences_decoded), ("code cache bytes", d.code_cache_bytes)],
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! Creating a sandbox: find the snapshot, restore its machine, tell the copy who it is, and only then let anyone see it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use amber_proto::Identify;
+
+use super::instance::Identity;
+use super::registry::registry;
+use super::stores::{self, Places};
+use super::vm::{Orphan, Vm};
+use super::{Error, Sandbox, blocking, id, machine, template};
+use crate::agent::Agent;
+
+/// How long a restored agent may take to answer. It was running when the snapshot was taken, so this is only for a guest that is broken
+/// or a host that is far too busy.
+const IDENTIFY_LIMIT: Duration = Duration::from_secs(60);
+
+/// Entropy for each copy: more than the kernel's pool holds.
+const ENTROPY_BYTES: usize = 128;
+
+/// What to create.
+#[derive(Debug, Clone, Default)]
+pub struct CreateRequest {
+    /// Where the store and the base template are.
+    pub places: Places,
+    /// Template, snapshot id or snapshot name.
+    pub template: String,
+    /// Free key-value pairs.
+    pub metadata: BTreeMap<String, String>,
+    /// Environment of every command.
+    pub envs: BTreeMap<String, String>,
+    /// Life, after which the sandbox is killed.
+    pub life: Duration,
+}
+
+/// Creates a sandbox. Dropping the future leaves nothing behind.
+pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
+    let id = id::sandbox_id()?;
+    let CreateRequest { places, template, metadata, envs, life } = request;
+    let home = places.home.clone();
+    let (store, meta, orphan) = blocking(move || {
+        let store = stores::open(&places.home)?;
+        let meta = template::resolve(&store, &places, &template)?;
+        let snapshot = store.open_tagged(&meta.id, &meta.tag)?;
+        let vm = machine::restore(&snapshot)?;
+        Ok((store, meta, Orphan::new(vm)))
+    })
+    .await?;
+    identify(&**orphan.vm(), &id, envs).await?;
+    let vm = orphan.adopt();
+    let identity = Identity {
+        id,
+        store,
+        home,
+        template: meta.id.clone(),
+        template_name: meta.names.first().cloned(),
+        metadata,
+        access_token: id::hex_token(32)?,
+        life,
+    };
+    let sandbox = Sandbox::new(identity, vm);
+    registry().insert(&sandbox);
+    sandbox.watch();
+    Ok(sandbox)
+}
+
+/// Tells a copy who it is: id, host name, machine id, entropy, wall clock, environment. The agent holds user processes until then.
+async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, String>) -> Result<(), Error> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    id::fill_random(&mut entropy)?;
+    let agent = Agent::new(vm.connector());
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let request = Identify {
+        sandbox_id: id.to_owned(),
+        hostname: Some(id.to_owned()),
+        wall_clock_ns: u64::try_from(now.as_nanos()).ok(),
+        entropy,
+        machine_id: Some(id::hex_token(16)?),
+        envs,
+        ..Identify::default()
+    };
+    tokio::select! {
+        identified = agent.identify(&request) => {
+            for warning in identified?.warnings {
+                tracing::warn!(sandbox = id, "{warning}");
+            }
+            Ok(())
+        }
+        ended = vm.ended() => Err(Error::from(&ended)),
+        () = tokio::time::sleep(IDENTIFY_LIMIT) => Err(Error::Machine(format!(
+            "The guest's agent did not answer within {} s of the restore",
+            IDENTIFY_LIMIT.as_secs()
+        ))),
+    }
+}

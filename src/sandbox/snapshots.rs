@@ -1,0 +1,179 @@
+//! Snapshots: taken from running sandboxes, listed, deleted.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use amber_layers::{Kind, ListFilter, NewSnapshot, SnapshotMeta, Store};
+
+use super::registry::{Page, page, registry};
+use super::{Ended, Error, Sandbox, blocking, stores};
+
+/// A snapshot, as users see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Its id.
+    pub id: String,
+    /// Its names, without tags.
+    pub names: Vec<String>,
+}
+
+impl From<&SnapshotMeta> for SnapshotInfo {
+    fn from(meta: &SnapshotMeta) -> Self {
+        Self { id: meta.id.to_string(), names: meta.names.clone() }
+    }
+}
+
+/// Filter and page of [`list_snapshots`].
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotQuery {
+    /// Directory of the store.
+    pub home: PathBuf,
+    /// Only those taken from this sandbox.
+    pub sandbox_id: Option<String>,
+    /// Only the one with this name, `name:tag` or id.
+    pub name: Option<String>,
+    /// Items per page.
+    pub limit: usize,
+    /// Where to go on.
+    pub next_token: Option<String>,
+}
+
+/// `name`, `name:tag` or `team/name:tag` as users write them; upper case is lowered, as E2B does.
+fn split_name(text: &str) -> Result<(String, Option<String>), Error> {
+    let lower = text.trim().to_lowercase();
+    let (name, tag) = match lower.rsplit_once(':') {
+        Some((name, tag)) => (name.to_owned(), Some(tag.to_owned())),
+        None => (lower, None),
+    };
+    let fine = |part: &str, extra: &[u8]| {
+        !part.is_empty()
+            && part.bytes().all(|b| {
+                b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b) || extra.contains(&b)
+            })
+    };
+    if !fine(&name, b"/") || !tag.as_deref().is_none_or(|tag| fine(tag, b".")) {
+        return Err(Error::InvalidArgument(format!(
+            "Invalid snapshot name '{text}': use letters, digits, '-' and '_', and after a ':' a tag"
+        )));
+    }
+    Ok((name, tag))
+}
+
+/// Freezes a sandbox into a snapshot; the sandbox goes on running. A second one at the same time is refused; a kill waits.
+pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Result<SnapshotInfo, Error> {
+    let (names, tag) = match name {
+        Some(name) => {
+            let (name, tag) = split_name(name)?;
+            (vec![name], tag)
+        }
+        None => (Vec::new(), None),
+    };
+    let exclusive = Arc::clone(&sandbox.exclusive).try_lock_owned().map_err(|_| {
+        Error::Conflict(format!("Sandbox '{}' is busy: another snapshot of it is being made", sandbox.id()))
+    })?;
+    if let Some(ended) = sandbox.ended() {
+        return Err(Error::from(&ended));
+    }
+    let snapshot = NewSnapshot {
+        kind: Kind::Snapshot,
+        names,
+        tag,
+        source: Some(sandbox.id().to_owned()),
+        metadata: "{}".to_owned(),
+        ..NewSnapshot::default()
+    };
+    let owner = Arc::clone(sandbox);
+    let taken = blocking(move || {
+        // A caller that gives up drops the future, not this thread: the lock stays until the machine is done.
+        let _exclusive = exclusive;
+        owner.vm().capture(owner.store(), snapshot)
+    })
+    .await;
+    match (taken, sandbox.ended()) {
+        (Ok(meta), _) => Ok(SnapshotInfo::from(&meta)),
+        // A machine that stopped meanwhile is the cause, whatever the capture made of it.
+        (Err(_), Some(ended @ Ended::Crashed { .. })) => Err(Error::from(&ended)),
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Lists snapshots, newest first.
+pub async fn list_snapshots(query: SnapshotQuery) -> Result<Page<SnapshotInfo>, Error> {
+    blocking(move || {
+        let store = stores::open(&query.home)?;
+        let filter = ListFilter {
+            kind: Some(Kind::Snapshot),
+            source: query.sandbox_id,
+            name: query.name.map(|name| name.to_lowercase()),
+        };
+        let mut found = store.list(&filter)?;
+        found.sort_by_cached_key(|meta| std::cmp::Reverse(sort_key(meta)));
+        let after = query.next_token.as_deref().map(parse_token).transpose()?;
+        let rest = found.iter().filter(|meta| after.as_ref().is_none_or(|after| sort_key(meta) < *after));
+        let cut = page(rest, query.limit, |meta| {
+            let (created, id, tag) = sort_key(meta);
+            format!("{created}:{id}:{tag}")
+        });
+        Ok(Page {
+            items: cut.items.into_iter().map(SnapshotInfo::from).collect(),
+            next_token: cut.next_token,
+        })
+    })
+    .await
+}
+
+/// Publication time, id and tag: a total order that paging can resume in.
+fn sort_key(meta: &SnapshotMeta) -> (u64, String, String) {
+    (meta.created_ns, meta.id.to_string(), meta.tag.clone())
+}
+
+fn parse_token(token: &str) -> Result<(u64, String, String), Error> {
+    let mut parts = token.splitn(3, ':');
+    let key = (|| Some((parts.next()?.parse().ok()?, parts.next()?.to_owned(), parts.next()?.to_owned())))();
+    key.ok_or_else(|| Error::InvalidArgument("Invalid nextToken: pass what a paginator gave".to_owned()))
+}
+
+/// Deletes a snapshot. `false` if it does not exist; refused while running sandboxes came from it.
+pub async fn delete_snapshot(home: PathBuf, name: String) -> Result<bool, Error> {
+    blocking(move || {
+        let store: Arc<Store> = stores::open(&home)?;
+        let Some(meta) = store.resolve(&name.to_lowercase())? else { return Ok(false) };
+        if meta.kind == Kind::Template {
+            return Err(Error::SnapshotInUse { id: name, users: "it is the base template".to_owned() });
+        }
+        let users = registry().users_of(&home, &meta.id);
+        if !users.is_empty() {
+            return Err(Error::SnapshotInUse {
+                id: meta.id.to_string(),
+                users: format!(
+                    "running sandboxes were created from it: {}. Kill them first",
+                    users.join(", ")
+                ),
+            });
+        }
+        Ok(store.delete(&meta.id)?)
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_lowered_and_checked() {
+        assert_eq!(split_name("My-Snap").unwrap(), ("my-snap".to_owned(), None));
+        assert_eq!(split_name("team/n:V1.2").unwrap(), ("team/n".to_owned(), Some("v1.2".to_owned())));
+        for bad in ["", ":", "a b", "a:", ":t", "a.b", "ä", "a:b/c"] {
+            assert!(matches!(split_name(bad), Err(Error::InvalidArgument(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn tokens_round_trip() {
+        assert_eq!(parse_token("12:abc:default").unwrap(), (12, "abc".to_owned(), "default".to_owned()));
+        for bad in ["", "1", "1:a", "x:a:b"] {
+            assert!(parse_token(bad).is_err(), "{bad:?}");
+        }
+    }
+}
