@@ -369,6 +369,8 @@ impl Cpu {
             }
             let op = match if self.alone || self.rflags & bit::TF != 0 {
                 self.alone = true;
+                // No branch may go on into the code cache.
+                self.icount_limit = self.icount;
                 self.lookup_alone()
             } else {
                 self.lookup_linked()
