@@ -542,5 +542,8 @@ fn privileged_access_of_a_user_interrupt_is_the_supervisors() {
     rig.gate(10, STUBS + 160, 0, 0x8e);
     rig.enter_user();
     let Exit::Shutdown(story) = rig.run() else { panic!() };
-    assert!(story.starts_with("Triple fault: #GP(0x0), then #TS(0x41), then #DF(0x0), then #TS(0x41)"), "{story}");
+    assert!(
+        story.starts_with("Triple fault: #GP(0x0), then #TS(0x41), then #DF(0x0), then #TS(0x41)"),
+        "{story}"
+    );
 }
