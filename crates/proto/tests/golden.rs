@@ -9,11 +9,14 @@ use amber_proto::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// Checks that a frame decodes to a message.
+type Check = Box<dyn Fn(&[u8])>;
+
 /// A message, its frame, and a check that the frame decodes to the message.
 struct Sample {
     name: String,
     frame: Vec<u8>,
-    decodes: Box<dyn Fn(&[u8])>,
+    decodes: Check,
 }
 
 fn payload(frame: &[u8], kind: Kind) -> Vec<u8> {
