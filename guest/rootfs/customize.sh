@@ -54,12 +54,10 @@ if [ -d "$root$stdlib/ensurepip" ]; then
   chmod 644 "$root$stdlib/ensurepip/__init__.py"
 fi
 
-# No caches, logs, backups; apt and dpkg stay able to work.
-chroot "$root" apt-get clean
-rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/cache/ldconfig/* "$root"/var/cache/debconf/*-old \
-  "$root"/var/lib/dpkg/*-old "$root"/etc/passwd- "$root"/etc/group- "$root"/etc/shadow- "$root"/etc/gshadow- \
-  "$root"/etc/subuid- "$root"/etc/subgid- "$root"/root/.cache "$root"/tmp/* "$root"/var/tmp/*
-mkdir -p "$root/var/lib/apt/lists/partial"
+# No caches, logs, backups. (apt's own are cleared by mmdebstrap afterwards; it keeps
+# its apt configuration in the tree's /tmp until then, which therefore must stay.)
+rm -rf "$root"/var/cache/ldconfig/* "$root"/var/cache/debconf/*-old "$root"/var/lib/dpkg/*-old "$root"/root/.cache \
+  "$root"/etc/passwd- "$root"/etc/group- "$root"/etc/shadow- "$root"/etc/gshadow- "$root"/etc/subuid- "$root"/etc/subgid-
 find "$root/var/log" -type f -delete
 : > "$root/etc/machine-id"
 rm -f "$root/var/lib/dbus/machine-id"

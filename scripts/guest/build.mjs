@@ -6,7 +6,7 @@ import { spawnSync } from 'node:child_process'
 import { mkdirSync, readdirSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { parseArgs } from 'node:util'
-import { buildImage } from './image.mjs'
+import { buildImage, checkAgent } from './image.mjs'
 import { buildKernel } from './kernel.mjs'
 import { TIERS } from './paths.mjs'
 import { buildRootfs } from './rootfs.mjs'
@@ -43,6 +43,7 @@ async function main() {
   const [verb, ...extra] = positionals
   if (!['kernel', 'rootfs', 'all'].includes(verb) || extra.length > 0 || !TIERS.includes(values.tier)) throw new BuildError(USAGE)
   if (values.agent && verb === 'kernel') throw new BuildError('--agent belongs to rootfs or all')
+  if (values.agent) checkAgent(values.agent)
   const results = []
   if (verb !== 'rootfs') results.push(await buildKernel(values))
   if (verb !== 'kernel') {

@@ -13,9 +13,7 @@ const AGENT_NAME = 'amberbox-agent'
 const EPOCH = 1767225600
 
 export async function buildImage(agentPath, { tier = 'std' } = {}) {
-  const agent = resolve(agentPath)
-  if (!existsSync(agent)) throw new BuildError(`There is no agent binary at ${agent}. Build guest/agent first.`)
-  checkStatic(agent)
+  const agent = checkAgent(agentPath)
   const cached = () => imagePaths(agent, tier)?.dir
   const ready = cached()
   if (ready) {
@@ -53,8 +51,10 @@ export async function buildImage(agentPath, { tier = 'std' } = {}) {
   })
 }
 
-/** The guest starts the agent as PID 1: there is no one to load libraries of another libc. */
-function checkStatic(agent) {
+/** The absolute path of a usable agent. It is PID 1 of any root file system, so it must not need libraries. */
+export function checkAgent(agentPath) {
+  const agent = resolve(agentPath)
+  if (!existsSync(agent)) throw new BuildError(`There is no agent binary at ${agent}. Build guest/agent first.`)
   const head = readFileSync(agent)
   const elf = head.length > 64 && head.readUInt32BE(0) === 0x7f454c46 && head[4] === 2 && head.readUInt16LE(18) === 62
   if (!elf) throw new BuildError(`${agent} is not an x86-64 ELF program`)
@@ -65,4 +65,5 @@ function checkStatic(agent) {
       throw new BuildError(`${agent} is linked dynamically; build it with RUSTFLAGS="-C target-feature=+crt-static"`)
     }
   }
+  return agent
 }

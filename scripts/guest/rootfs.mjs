@@ -41,7 +41,7 @@ export async function buildRootfs({ tier = 'std', refresh = false } = {}) {
   process.stdout.write(`rootfs ${tier}\n`)
   const kind = `rootfs-${tier}`
   return withBuild(kind, { needsBytes: 3e9, cached }, async (build) => {
-    await build.step('tools', async () => needPackages(build, TOOLS))
+    await build.step('tools', async () => needPackages(build, process.getuid() === 0 ? TOOLS : [...TOOLS, 'uidmap']))
     const inNamespace = namespace()
     const env = { ...process.env, LC_ALL: 'C', SOURCE_DATE_EPOCH: String(SOURCE_DATE_EPOCH) }
     const tar = join(build.tmp, 'rootfs.tar')
@@ -50,13 +50,14 @@ export async function buildRootfs({ tier = 'std', refresh = false } = {}) {
       await build.run('mmdebstrap', mmdebstrapArguments(tier, tar), { env: inNamespace.length ? env : { ...env, TMPDIR: build.tmp }, onLine })
       return size(statSync(tar).size)
     })
-    const packages = installedPackages(await build.run('tar', ['--extract', '--to-stdout', '--file', tar, './var/lib/dpkg/status']))
+    const packages = installedPackages(await build.run('tar', ['--extract', '--to-stdout', '--file', tar, './var/lib/dpkg/status'], { quiet: true }))
     writeFileSync(join(build.out, 'packages.txt'), packages)
     const image = join(build.out, 'rootfs.ext4')
     await build.step('make the ext4 image', async () => {
       const tree = join(build.tmp, 'tree')
+      // Without device nodes, which the kernel's devtmpfs provides and a user namespace cannot make.
       // In one process tree, because a user namespace's files can be removed only from within.
-      const script = 'mkdir "$0" && tar --extract --xattrs --xattrs-include="*" --numeric-owner --preserve-permissions --directory "$0" --file "$1"'
+      const script = 'mkdir "$0" && tar --extract --xattrs --xattrs-include="*" --numeric-owner --preserve-permissions --exclude="./dev/*" --directory "$0" --file "$1"'
         + ' && shift && "$@"; code=$?; rm -rf --one-file-system "$0"; exit $code'
       const dense = join(build.tmp, 'dense.ext4')
       const make = ['mke2fs', '-q', '-F', ...EXT4_OPTIONS, '-d', tree, dense, `${DISK_BYTES / 4096}`]

@@ -9,6 +9,9 @@ import { currentFile, guestCache } from './paths.mjs'
 /** A failure whose message is meant for the user: shown without a stack. */
 export class BuildError extends Error {}
 
+/** A program failed; what it said is in the log. */
+class ProgramError extends BuildError {}
+
 // Results of each kind that stay in the cache.
 const KEEP = 3
 
@@ -84,19 +87,20 @@ class Build {
     }
   }
 
-  /** Runs a program with its output in the log; returns standard output, or shows each line of both to `onLine`. */
-  run(command, args, { onLine, check = true, ...options } = {}) {
+  /** Runs a program with its output in the log; returns standard output, or shows each line of both streams to `onLine`; `quiet` keeps standard output out of the log. */
+  run(command, args, { onLine, quiet = false, ...options } = {}) {
     writeSync(this.log, `$ ${command} ${args.join(' ')}\n`)
     return new Promise((resolve, reject) => {
       if (interrupted) return reject(new BuildError('Interrupted'))
-      // A group of its own, so that an interrupt reaches the compilers below make.
-      const child = spawn(command, args, { stdio: ['ignore', 'pipe', 'pipe'], detached: true, ...options })
+      // A group of its own, so that an interrupt reaches the compilers below make; and if
+      // this process is killed, the kernel tells the child.
+      const child = spawn('setpriv', ['--pdeathsig', 'TERM', '--', command, ...args], { stdio: ['ignore', 'pipe', 'pipe'], detached: true, ...options })
       children.add(child)
       let output = ''
       for (const stream of [child.stdout, child.stderr]) {
         let rest = ''
         stream.on('data', (data) => {
-          writeSync(this.log, data)
+          if (!quiet || stream === child.stderr) writeSync(this.log, data)
           if (onLine) {
             const lines = (rest + data).split('\n')
             rest = lines.pop()
@@ -106,11 +110,11 @@ class Build {
           }
         })
       }
-      child.on('error', (error) => { children.delete(child); reject(new BuildError(`Cannot run ${command}: ${error.message}`)) })
+      child.on('error', (error) => { children.delete(child); reject(new BuildError(`Cannot run setpriv (package util-linux): ${error.message}`)) })
       child.on('close', (code, signal) => {
         children.delete(child)
         if (interrupted) reject(new BuildError('Interrupted'))
-        else if (code !== 0 && check) reject(new BuildError(`${command} failed (${signal ?? `exit code ${code}`})`))
+        else if (code !== 0) reject(new ProgramError(`${command} failed (${signal ?? `exit code ${code}`})`))
         else resolve(output)
       })
     })
@@ -138,6 +142,7 @@ class Build {
   explain(error) {
     if (!(error instanceof BuildError)) writeSync(this.log, `${error.stack}\n`)
     if (interrupted) return new BuildError(`Building the ${this.kind} was interrupted. Nothing was left behind.`)
+    if (error instanceof BuildError && !(error instanceof ProgramError)) return error
     const tail = readFileSync(this.logPath, 'utf8').trimEnd().split('\n').slice(-25).map((line) => `  | ${line}`).join('\n')
     return new BuildError(`Building the ${this.kind} failed: ${error.message}\n${tail}\nFull log: ${this.logPath}`)
   }

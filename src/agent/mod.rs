@@ -80,7 +80,15 @@ impl Agent {
 
     /// The processes that were started through the agent and still run, oldest first.
     pub async fn processes(&self) -> Result<Vec<ProcessInfo>, AgentError> {
-        Ok(self.call(&proto::ListProcesses {}).await?.processes)
+        let mut conn = self.open(&proto::ListProcesses {}).await?;
+        let mut processes = Vec::new();
+        loop {
+            let reply = conn.reply::<proto::ListProcesses>().await?;
+            processes.extend(reply.processes);
+            if !reply.more {
+                return Ok(processes);
+            }
+        }
     }
 
     /// Sends a signal to a process and its group. [`AgentError::NotFound`] if it does not run (any more).
@@ -163,3 +171,6 @@ impl std::fmt::Debug for Agent {
         f.debug_struct("Agent").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

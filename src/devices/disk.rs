@@ -9,6 +9,8 @@
 //! the resulting [`FrozenDisk`] lives, a write to a captured block first copies the old content aside, so a
 //! snapshot can be written out behind the running guest.
 
+mod sealed;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -49,6 +51,10 @@ pub trait Base: Send + Sync {
     }
     /// Fills `buf` from `offset`; the range is within `len()`.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Whether a block is known to be zeros, without reading it.
+    fn is_zero(&self, _block: u64) -> bool {
+        false
+    }
 }
 
 /// A plain file as the base: the file system image a machine first boots from.
@@ -178,6 +184,11 @@ impl Ownership {
         self.zero.set(block);
     }
 
+    fn set_base(&mut self, block: u64) {
+        self.owned.clear(block);
+        self.zero.clear(block);
+    }
+
     fn runs(&self, blocks: u64) -> impl Iterator<Item = DirtyRun> + '_ {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -282,7 +293,7 @@ impl Shared {
             && state.fault.is_none()
         {
             tracing::warn!(%error, "Disk storage failed");
-            state.fault = Some(error.to_string());
+            state.fault = Some(with_causes(error));
         }
         result
     }
@@ -323,14 +334,14 @@ impl Shared {
             let within = (offset % BLOCK) as usize;
             let whole = if within == 0 { buf.len() / BLOCK_SIZE * BLOCK_SIZE } else { 0 };
             let done = if whole > 0 {
-                Self::write_blocks(state, offset / BLOCK, &buf[..whole])?;
+                self.write_blocks(state, offset / BLOCK, &buf[..whole])?;
                 whole
             } else {
                 let piece = buf.len().min(BLOCK_SIZE - within);
                 let mut block = [0; BLOCK_SIZE];
                 self.read(state, offset - within as u64, &mut block)?;
                 block[within..within + piece].copy_from_slice(&buf[..piece]);
-                Self::write_blocks(state, offset / BLOCK, &block)?;
+                self.write_blocks(state, offset / BLOCK, &block)?;
                 piece
             };
             offset += done as u64;
@@ -340,7 +351,7 @@ impl Shared {
     }
 
     /// Writes whole blocks. Blocks of zeros are noted and not stored.
-    fn write_blocks(state: &mut State, first: u64, data: &[u8]) -> io::Result<()> {
+    fn write_blocks(&self, state: &mut State, first: u64, data: &[u8]) -> io::Result<()> {
         let count = (data.len() / BLOCK_SIZE) as u64;
         let is_zero = |index: u64| {
             let start = index as usize * BLOCK_SIZE;
@@ -354,7 +365,7 @@ impl Shared {
                 end += 1;
             }
             if zero {
-                state.zero_blocks(first + index, end - index)?;
+                self.zero_blocks(state, first + index, end - index)?;
             } else {
                 let bytes = &data[index as usize * BLOCK_SIZE..end as usize * BLOCK_SIZE];
                 for block in first + index..first + end {
@@ -369,6 +380,29 @@ impl Shared {
         Ok(())
     }
 
+    fn zero_blocks(&self, state: &mut State, first: u64, count: u64) -> io::Result<()> {
+        let mut stored = false;
+        for block in first..first + count {
+            state.preserve(block)?;
+            stored |= state.now.source(block) == Source::Overlay;
+            if self.base_is_zero(block) {
+                state.now.set_base(block);
+            } else {
+                state.now.set_zero(block);
+            }
+        }
+        if stored {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // Giving storage back is a courtesy: file systems that cannot punch holes merely keep it.
+            let _ = fallocate(&state.file, flags, first * BLOCK, count * BLOCK);
+        }
+        Ok(())
+    }
+
+    fn base_is_zero(&self, block: u64) -> bool {
+        self.base.as_ref().is_none_or(|base| block * BLOCK >= base.len() || base.is_zero(block))
+    }
+
     fn zero(&self, state: &mut State, offset: u64, len: u64) -> io::Result<()> {
         let end = offset + len;
         let first = offset.div_ceil(BLOCK);
@@ -379,7 +413,7 @@ impl Shared {
         }
         let head = first * BLOCK - offset;
         self.write(state, offset, &[0; BLOCK_SIZE][..head as usize])?;
-        state.zero_blocks(first, last - first)?;
+        self.zero_blocks(state, first, last - first)?;
         let tail = end.saturating_sub(last * BLOCK);
         self.write(state, last * BLOCK, &[0; BLOCK_SIZE][..tail as usize])
     }
@@ -397,21 +431,17 @@ impl State {
         }
         Ok(())
     }
+}
 
-    fn zero_blocks(&mut self, first: u64, count: u64) -> io::Result<()> {
-        let mut stored = false;
-        for block in first..first + count {
-            self.preserve(block)?;
-            stored |= self.now.source(block) == Source::Overlay;
-            self.now.set_zero(block);
-        }
-        if stored {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // Giving storage back is a courtesy: file systems that cannot punch holes merely keep it.
-            let _ = fallocate(&self.file, flags, first * BLOCK, count * BLOCK);
-        }
-        Ok(())
+/// An error's message with those of its causes.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
     }
+    text
 }
 
 fn is_zero(block: &[u8]) -> bool {
@@ -459,6 +489,11 @@ impl FrozenDisk {
     /// Number of blocks of the whole disk.
     pub fn blocks(&self) -> u64 {
         self.0.blocks
+    }
+
+    /// The numbers of the captured blocks, ascending.
+    pub fn dirty_blocks(&self) -> impl Iterator<Item = u64> + use<> {
+        self.dirty().into_iter().flat_map(|run| run.first..run.first + run.count)
     }
 
     /// The captured blocks, ascending.

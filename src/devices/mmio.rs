@@ -397,6 +397,7 @@ impl<D: VirtioDevice, M: GuestMemory + Send + Sync> Inner<D, M> {
         let mut bits = if queues.interrupt() { INT_VRING } else { 0 };
         if let Err(error) = result {
             tracing::warn!(device = D::NAME, %error, "Device stopped until the guest resets it");
+            self.device.fail();
             self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
             self.config_generation = self.config_generation.wrapping_add(1);
             bits |= INT_CONFIG;

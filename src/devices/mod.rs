@@ -101,6 +101,9 @@ pub trait VirtioDevice: Send + Sized {
     /// The driver has made buffers available on `queue`. An error stops the device until it is reset.
     fn notify<M: GuestMemory>(&mut self, queue: usize, queues: &mut Queues<'_, M>) -> Result<(), QueueError>;
 
+    /// A ring was broken; the device does nothing more until the driver resets it.
+    fn fail(&mut self) {}
+
     /// From here on the host must not touch guest memory, until `resume`.
     fn pause(&mut self) {}
 

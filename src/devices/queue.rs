@@ -215,6 +215,19 @@ impl<'a, M: GuestMemory> Queues<'a, M> {
         Ok(self.queue(index)?.enable_notification(mem)?)
     }
 
+    /// Asks the driver to notify when it adds a buffer to those it had made available at `avail_idx`, although
+    /// the device has not taken all of them. True when it has added some already.
+    pub fn enable_notification_beyond(&mut self, index: usize, avail_idx: u16) -> Result<bool, QueueError> {
+        let mem = self.mem;
+        let queue = self.queue(index)?;
+        // The event index that this writes is the queue's position.
+        let position = queue.next_avail();
+        queue.set_next_avail(avail_idx);
+        let result = queue.enable_notification(mem);
+        queue.set_next_avail(position);
+        Ok(result?)
+    }
+
     /// Tells the driver that notifications are not needed for now.
     pub fn disable_notification(&mut self, index: usize) -> Result<(), QueueError> {
         let mem = self.mem;

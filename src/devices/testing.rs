@@ -239,10 +239,6 @@ impl<D: VirtioDevice> Driver<D> {
         self.rings[queue].free.len()
     }
 
-    pub(crate) fn desc_table(&self, queue: usize) -> u64 {
-        self.rings[queue].desc
-    }
-
     /// Writes one descriptor, unchecked.
     pub(crate) fn descriptor(&self, queue: usize, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let at = self.rings[queue].desc + 16 * u64::from(index);

@@ -75,7 +75,7 @@ impl fmt::Debug for SnapshotId {
 
 /// Names one content of a snapshot; every publication has its own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct BuildId(pub [u8; 16]);
+pub struct BuildId(#[serde(with = "serde_bytes")] pub [u8; 16]);
 
 impl BuildId {
     pub(crate) fn generate() -> std::io::Result<BuildId> {

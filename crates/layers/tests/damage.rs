@@ -64,6 +64,8 @@ fn try_all(dir: &Path, file: &str, variants: impl Iterator<Item = (String, Vec<u
     let good = fs::read(&path).unwrap();
     let mut refused = 0;
     for (what, bytes) in variants {
+        // A new file each time: some file systems write out at once what replaces an older content.
+        fs::remove_file(&path).unwrap();
         fs::write(&path, bytes).unwrap();
         for (id, want) in ids.iter().zip(&want) {
             match load(dir, id) {

@@ -195,12 +195,14 @@ pub struct Connect {
 #[serde(default)]
 pub struct ListProcesses {}
 
-/// Reply to [`ListProcesses`], oldest first.
+/// Reply to [`ListProcesses`], oldest first. A long listing is sent as several replies; all but the last say `more`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Processes {
     /// The processes.
     pub processes: Vec<ProcessInfo>,
+    /// Another reply follows.
+    pub more: bool,
 }
 
 /// A running process, with what it was started with.

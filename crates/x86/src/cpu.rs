@@ -238,7 +238,7 @@ pub struct Cpu {
     /// Supervisor and user data TLBs.
     pub(crate) tlb: [Box<[TlbEntry; TLB_SIZE]>; 2],
     /// Addresses [0] in the lower, [1] in the upper half may be mapped by large pages: (base, mask) of a region that
-    /// covers them all; INVLPG inside it flushes the whole TLB.
+    /// covers them all; INVLPG inside it looks at every entry.
     pub(crate) large: [Option<(u64, u64)>; 2],
     /// What `mmu` keeps beside the TLBs: `Mmu::new(&*ram)`.
     pub(crate) mmu: Mmu,
@@ -369,6 +369,8 @@ impl Cpu {
             }
             let op = match if self.alone || self.rflags & bit::TF != 0 {
                 self.alone = true;
+                // No branch may go on into the code cache.
+                self.icount_limit = self.icount;
                 self.lookup_alone()
             } else {
                 self.lookup_linked()

@@ -59,7 +59,7 @@ fn writes_and_reads_back_through_scattered_buffers() {
     for mask in [u64::MAX, !(1 << 29)] {
         let disk = disk();
         let mut driver = Driver::with(Block::new(resources(&disk)), mask, 64);
-        let data: Vec<u8> = (0..200_192u32).map(|i| (i * 7 >> 3) as u8).collect();
+        let data: Vec<u8> = (0..200_192u32).map(|i| ((i * 7) >> 3) as u8).collect();
         let source = driver.place(&data);
         let bufs = [out(source, 1000), out(source + 1000, 0), out(source + 1000, 199_192)];
         assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 3, &bufs), (OK, 1));
@@ -122,7 +122,8 @@ fn discard_and_write_zeroes_release_storage() {
             let zero = (4..24).contains(&sector) || (64..72).contains(&sector);
             assert!(chunk.iter().all(|&b| b == if zero { 0 } else { 7 }), "sector {sector}");
         }
-        assert_eq!(disk.dirty().iter().filter(|run| run.zero).map(|run| run.count).sum::<u64>(), 3);
+        // Blocks that are zeros without the overlay are not even noted: of 16, three are gone.
+        assert_eq!(disk.dirty().iter().map(|run| run.count).sum::<u64>(), 13);
     }
 }
 

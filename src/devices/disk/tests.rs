@@ -8,7 +8,11 @@ use super::*;
 
 const LEN: u64 = 40 * BLOCK + 1536;
 
-struct Pattern(u64);
+struct Pattern {
+    len: u64,
+    /// It knows its blocks of zeros.
+    mapped: bool,
+}
 
 fn pattern(at: u64) -> u8 {
     // Some blocks of the base are zeros.
@@ -17,17 +21,20 @@ fn pattern(at: u64) -> u8 {
 
 impl Base for Pattern {
     fn len(&self) -> u64 {
-        self.0
+        self.len
+    }
+    fn is_zero(&self, block: u64) -> bool {
+        self.mapped && block % 5 == 2
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        assert!(offset + buf.len() as u64 <= self.0, "read beyond the base");
+        assert!(offset + buf.len() as u64 <= self.len, "read beyond the base");
         buf.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = pattern(at));
         Ok(())
     }
 }
 
-fn overlay(base: u64, storage: Storage<'_>) -> Overlay {
-    Overlay::new(Some(Arc::new(Pattern(base))), LEN, storage).unwrap()
+fn overlay(len: u64, storage: Storage<'_>) -> Overlay {
+    Overlay::new(Some(Arc::new(Pattern { len, mapped: false })), LEN, storage).unwrap()
 }
 
 fn content(disk: &Overlay) -> Vec<u8> {
@@ -70,13 +77,16 @@ fn apply(disk: &Overlay, model: &mut [u8], change: &Change) {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn behaves_like_bytes_and_captures_hold_still(
         base in prop_oneof![Just(LEN), 0..LEN],
+        mapped in any::<bool>(),
         before in changes(),
         during in changes(),
     ) {
-        let disk = overlay(base, Storage::Memory);
+        let base_image = Arc::new(Pattern { len: base, mapped });
+        let disk = Overlay::new(Some(base_image), LEN, Storage::Memory).unwrap();
         let mut model: Vec<u8> = (0..LEN).map(|at| if at < base { pattern(at) } else { 0 }).collect();
         before.iter().for_each(|change| apply(&disk, &mut model, change));
         prop_assert!(content(&disk) == model);

@@ -119,7 +119,7 @@ impl Vsock {
 
     /// Moves the reset event along, and lets packets go when it has been dealt with.
     fn advance_reset<M: GuestMemory>(&mut self, queues: &mut Queues<'_, M>) -> Result<(), QueueError> {
-        if self.reset_event == ResetEvent::Due {
+        while self.reset_event == ResetEvent::Due {
             if !queues.ready(EVENT) {
                 // A driver without an event queue has no connections yet.
                 self.reset_event = ResetEvent::None;
@@ -128,10 +128,11 @@ impl Vsock {
                 let written = self.chain.write(queues.mem(), 0, &event).map_or(0, |()| event.len() as u32);
                 queues.add_used(EVENT, self.chain.head(), written)?;
                 queues.signal(EVENT)?;
-                queues.enable_notification(EVENT)?;
-                self.reset_event = ResetEvent::Sent(queues.avail_idx(EVENT)?);
-            } else {
-                queues.enable_notification(EVENT)?;
+                let then = queues.avail_idx(EVENT)?;
+                queues.enable_notification_beyond(EVENT, then)?;
+                self.reset_event = ResetEvent::Sent(then);
+            } else if !queues.enable_notification(EVENT)? {
+                break;
             }
         }
         if let ResetEvent::Sent(then) = self.reset_event
@@ -273,6 +274,10 @@ impl VirtioDevice for Vsock {
             self.pump(queues)?;
             if congested { self.receive(queues) } else { Ok(()) }
         }
+    }
+
+    fn fail(&mut self) {
+        self.reset();
     }
 
     fn pause(&mut self) {

@@ -93,6 +93,7 @@ mod tests {
     use super::*;
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn behaves_like_a_deque(ops in proptest::collection::vec((any::<bool>(), 0usize..100_000), 1..60)) {
             let mut ring = Ring::default();

@@ -488,21 +488,25 @@ fn triple_fault_tells_its_story() {
 #[test]
 fn single_step() {
     let mut rig = Rig::new();
-    // The handler notes each address; the program ends at the sixth.
+    // The handler notes each address; the program ends at the eighth.
     rig.code(CODE, |a| {
         let mut done = a.create_label();
         a.mov(r9, qword_ptr(rsp))?;
         a.mov(qword_ptr(r8 * 8 + DATA as i32), r9)?;
         a.inc(r8)?;
-        a.cmp(r8, 6)?;
+        a.cmp(r8, 8)?;
         a.je(done)?;
         a.iretq()?;
         a.set_label(&mut done)?;
         a.hlt()
     });
     rig.gate(1, CODE, 0, 0x8e);
+    let target = USER_CODE as u32 + 4096;
     rig.code(USER_CODE, |a| {
         let mut far = a.create_label();
+        // The first call makes the target known to the jump cache.
+        a.mov(eax, target)?;
+        a.call(rax)?;
         a.push(0x102)?;
         a.popfq()?;
         // The trap comes after the instruction that follows the one that set TF.
@@ -512,23 +516,18 @@ fn single_step() {
         a.ud2()?;
         a.set_label(&mut far)?;
         a.inc(ebx)?;
-        a.mov(eax, USER_CODE as u32 + 4096)?;
-        a.jmp(rax)
+        a.mov(eax, target)?;
+        a.call(rax)?;
+        a.ud2()
     });
     rig.code(USER_CODE + 4096, |a| {
         a.nop()?;
-        a.ud2()
+        a.ret()
     });
-    // Once without TF's help, so that the target of the far jump is known to the jump cache.
-    rig.change(|s| s.dr6 = 0xffff_0ff0);
-    rig.enter_user();
-    rig.change(|s| s.rip = USER_CODE + 4096);
-    assert_eq!(rig.event().vector, 6);
     rig.enter_user();
     assert_eq!(rig.run(), Exit::Halt);
-    let seen: Vec<u64> = (0..6).map(|i| rig.read::<u64>(DATA + i * 8) - USER_CODE).collect();
-    // push 5, popfq 1, nop 1, mov 5, jmp 2, ud2 2, inc 2, mov 5, jmp 2.
-    assert_eq!(seen, [7, 12, 16, 18, 23, 4096]);
+    let seen: Vec<u64> = (0..8).map(|i| rig.read::<u64>(DATA + i * 8).wrapping_sub(USER_CODE)).collect();
+    assert_eq!(seen, [14, 19, 23, 25, 30, 4096, 4097, 32]);
     assert_eq!(rig.cpu.state().dr6, 0xffff_4ff0);
 }
 
@@ -543,5 +542,8 @@ fn privileged_access_of_a_user_interrupt_is_the_supervisors() {
     rig.gate(10, STUBS + 160, 0, 0x8e);
     rig.enter_user();
     let Exit::Shutdown(story) = rig.run() else { panic!() };
-    assert!(story.starts_with("Triple fault: #GP(0x0), then #TS(0x41), then #DF(0x0), then #TS(0x41)"), "{story}");
+    assert!(
+        story.starts_with("Triple fault: #GP(0x0), then #TS(0x41), then #DF(0x0), then #TS(0x41)"),
+        "{story}"
+    );
 }

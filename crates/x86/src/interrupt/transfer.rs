@@ -56,10 +56,11 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
     Lowered::Ends
 }
 
-/// Goes to the place that a completed transfer leads to; by the run loop when an interrupt may have waited for IF.
+/// Goes to the place that a completed transfer leads to; by the run loop when an interrupt may have waited for IF or
+/// TF asks for single steps.
 #[inline(always)]
 unsafe fn arrive(cpu: &mut Cpu, op: *const Op, target: u64) -> *const Op {
-    if cpu.irq_hint && cpu.rflags & bit::IF != 0 {
+    if cpu.rflags & bit::TF != 0 || cpu.irq_hint && cpu.rflags & bit::IF != 0 {
         return cpu.end(op, target);
     }
     cpu.icount += u64::from((*op).n);

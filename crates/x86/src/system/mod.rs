@@ -490,7 +490,7 @@ unsafe fn describe<T: Int, const M: bool>(cpu: &mut Cpu, op: *const Op) -> *cons
         let kind = s.attributes & attr::SYSTEM;
         // Of the system descriptors: LDT and TSS, and for LAR the call gate.
         let fits = kind & attr::S != 0 || matches!(kind, 2 | 9 | 11) || kind == 12 && !limit;
-        fits.then(|| if limit { u64::from(s.limit) } else { raw >> 32 & 0x00ff_ff00 })
+        fits.then(|| if limit { u64::from(s.limit) } else { raw >> 32 & 0x00f0_ff00 })
     });
     if let Some(r) = result {
         cpu.set_reg((*op).dst, T::from_u64(r));

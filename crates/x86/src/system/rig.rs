@@ -79,7 +79,13 @@ unsafe impl GuestRam for Ram {
         &self.flags
     }
     fn page_of(&self, pa: u64) -> Option<u64> {
-        let pa = if pa >= HIGH { pa - HIGH + LOW_END } else if pa < LOW_END { pa } else { return None };
+        let pa = if pa >= HIGH {
+            pa - HIGH + LOW_END
+        } else if pa < LOW_END {
+            pa
+        } else {
+            return None;
+        };
         Some(pa >> 12).filter(|p| *p < PAGES)
     }
     fn address_of(&self, page: u64) -> u64 {
@@ -180,7 +186,10 @@ pub(crate) struct Rig {
 }
 
 /// Assembles for an address.
-pub(crate) fn assemble(at: u64, f: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
+pub(crate) fn assemble(
+    at: u64,
+    f: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     f(&mut a).unwrap();
     a.assemble(at).unwrap()
@@ -201,8 +210,7 @@ impl Rig {
             broken: AtomicU64::new(u64::MAX),
         });
         let cpu = Cpu::new(ram.clone());
-        let mut rig =
-            Rig { ram, cpu, bus: TestBus::default(), next_table: TABLES };
+        let mut rig = Rig { ram, cpu, bus: TestBus::default(), next_table: TABLES };
         for page in 0..LOW_END >> 12 {
             let va = page << 12;
             let user = (USER_CODE..DATA).contains(&va);
@@ -253,7 +261,10 @@ impl Rig {
             dr: [0; 4],
             dr6: 0xffff_0ff0,
             dr7: 0x400,
-            msrs: vec![(msr::PAT, 0x0007_0406_0007_0406), (msr::EFER, efer::SCE | efer::LME | efer::LMA | efer::NXE)],
+            msrs: vec![
+                (msr::PAT, 0x0007_0406_0007_0406),
+                (msr::EFER, efer::SCE | efer::LME | efer::LMA | efer::NXE),
+            ],
             fxsave,
             halted: false,
             interrupt_shadow: false,
@@ -321,13 +332,21 @@ impl Rig {
     /// Sets a gate.
     pub(crate) fn gate(&mut self, vector: u8, target: u64, ist: u64, kind: u64) {
         let at = IDT + u64::from(vector) * 16;
-        let low = target & 0xffff | u64::from(KERNEL_CS) << 16 | ist << 32 | kind << 40 | (target >> 16 & 0xffff) << 48;
+        let low = target & 0xffff
+            | u64::from(KERNEL_CS) << 16
+            | ist << 32
+            | kind << 40
+            | (target >> 16 & 0xffff) << 48;
         self.write(at, low);
         self.write(at + 8, target >> 32);
     }
 
     /// Puts code at an address.
-    pub(crate) fn code(&mut self, at: u64, f: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) {
+    pub(crate) fn code(
+        &mut self,
+        at: u64,
+        f: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+    ) {
         for (i, b) in assemble(at, f).into_iter().enumerate() {
             self.write(at + i as u64, b);
         }
