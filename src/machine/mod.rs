@@ -9,7 +9,7 @@
 //! - [`platform`]: what the guest sees, as one table.
 //! - [`ram`]: guest memory, its lazy filling and its page flags.
 //! - [`irq`]: local APIC, I/O APIC, interval timer. [`clock`]: guest time, TSC, kvm-clock.
-//! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; `bus`: what a CPU reaches.
+//! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; `bus`: what a CPU reaches; [`probe`]: which backend.
 //! - `snapshot`: taking and restoring snapshots. `boot`: loading a kernel; `run`: the CPU's thread; `devices`: who is in which slot; `end`: how it ends.
 
 mod boot;
@@ -19,6 +19,7 @@ mod devices;
 mod end;
 pub mod irq;
 pub mod platform;
+pub mod probe;
 pub mod ram;
 mod run;
 mod snapshot;

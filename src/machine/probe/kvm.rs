@@ -1,0 +1,150 @@
+//! Trying /dev/kvm by running the probe's guest on it.
+
+use std::time::{Duration, Instant};
+
+use super::{Useless, Verdict};
+
+/// Rounds of the guest that are measured.
+const ROUNDS: u32 = 20_000;
+/// How long they may take. Hardware needs some ten milliseconds; a hypervisor that emulates, seconds.
+const LIMIT: Duration = Duration::from_millis(200);
+
+fn useless(why: Useless, detail: impl ToString) -> Verdict {
+    Verdict::Useless { why, detail: detail.to_string() }
+}
+
+/// Runs the guest. Returns soon after [`LIMIT`] even if KVM is slow; if KVM hangs, it may never return.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn probe() -> Verdict {
+    try_probe().unwrap_or_else(|verdict| verdict)
+}
+
+/// There is no x86-64 guest on another host's KVM.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn probe() -> Verdict {
+    useless(Useless::Host, "this host is not x86-64")
+}
+
+#[cfg(target_arch = "x86_64")]
+fn try_probe() -> Result<Verdict, Verdict> {
+    use kvm_bindings::kvm_userspace_memory_region;
+    use kvm_ioctls::{Kvm, VcpuExit};
+    use rustix::io::Errno;
+    use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+    use super::guest;
+
+    /// The guest's memory; the VM is dropped before it.
+    struct Memory(*mut std::ffi::c_void);
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY: our own mapping, which nobody uses any more.
+            let _ = unsafe { munmap(self.0, guest::SIZE) };
+        }
+    }
+
+    let kvm = Kvm::new().map_err(|e| match Errno::from_raw_os_error(e.errno()) {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => useless(Useless::Missing, "/dev/kvm does not exist"),
+        Errno::ACCESS | Errno::PERM => {
+            useless(Useless::Forbidden, "no permission to open /dev/kvm; add your user to the group kvm")
+        }
+        _ => useless(Useless::NotKvm, format!("/dev/kvm cannot be opened: {e}")),
+    })?;
+    if kvm.get_api_version() != 12 {
+        return Err(useless(Useless::NotKvm, "/dev/kvm is not KVM, or of another version"));
+    }
+    let refused = |what: &'static str| {
+        move |e: kvm_ioctls::Error| useless(Useless::Refused, format!("KVM cannot {what}: {e}"))
+    };
+    // SAFETY: a new anonymous mapping touches nothing that exists.
+    let memory = unsafe {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        mmap_anonymous(std::ptr::null_mut(), guest::SIZE, prot, MapFlags::PRIVATE)
+    };
+    let memory = Memory(memory.map_err(|e| useless(Useless::Refused, e))?);
+    // SAFETY: the mapping has this size, is zeroed, and nobody else knows of it yet.
+    guest::write(unsafe { std::slice::from_raw_parts_mut(memory.0.cast(), guest::SIZE) });
+    let vm = kvm.create_vm().map_err(refused("create a virtual machine"))?;
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: guest::SIZE as u64,
+        userspace_addr: memory.0 as u64,
+    };
+    // SAFETY: the mapping outlives the VM: it was made before it, so it is dropped after it.
+    unsafe { vm.set_user_memory_region(region) }.map_err(refused("use memory"))?;
+    let mut vcpu = vm.create_vcpu(0).map_err(refused("create a CPU"))?;
+    let cpuid =
+        kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(refused("tell CPUID"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(refused("set CPUID"))?;
+    let (sregs, regs) = registers(vcpu.get_sregs().map_err(refused("read registers"))?);
+    vcpu.set_sregs(&sregs).map_err(refused("enter long mode"))?;
+    vcpu.set_regs(&regs).map_err(refused("set registers"))?;
+
+    let started = Instant::now();
+    let mut rounds = 0;
+    while rounds < ROUNDS {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(guest::PORT, _)) => rounds += guest::BATCH,
+            Ok(VcpuExit::Intr) => {}
+            Ok(other) => {
+                return Err(useless(Useless::Wrong, format!("KVM stopped a plain guest: {other:?}")));
+            }
+            Err(e) if matches!(Errno::from_raw_os_error(e.errno()), Errno::INTR | Errno::AGAIN) => {}
+            Err(e) => return Err(useless(Useless::Wrong, format!("KVM cannot run a plain guest: {e}"))),
+        }
+        let elapsed = started.elapsed();
+        if elapsed > LIMIT {
+            let each = elapsed.as_nanos() as f64 / f64::from(rounds.max(1)) / 1000.0;
+            let ms = elapsed.as_millis();
+            let detail = format!(
+                "KVM is too slow: {rounds} of {ROUNDS} interrupt returns in {ms} ms ({each:.1} us each); \
+                 probably a virtual machine without nested virtualization in hardware"
+            );
+            return Err(useless(Useless::Slow, detail));
+        }
+    }
+    Ok(Verdict::Usable { round_ns: (started.elapsed().as_nanos() / u128::from(ROUNDS)) as u64 })
+}
+
+/// The guest's first state in KVM's structures.
+#[cfg(target_arch = "x86_64")]
+fn registers(mut sregs: kvm_bindings::kvm_sregs) -> (kvm_bindings::kvm_sregs, kvm_bindings::kvm_regs) {
+    use amber_x86::state::SegmentState;
+    use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+
+    let state = super::guest::state();
+    let segment = |s: &SegmentState| {
+        let bit = |n: u32| (s.attributes >> n & 1) as u8;
+        kvm_segment {
+            base: s.base,
+            limit: s.limit,
+            selector: s.selector,
+            type_: (s.attributes & 0xf) as u8,
+            present: bit(7),
+            dpl: (s.attributes >> 5 & 3) as u8,
+            db: bit(14),
+            s: bit(4),
+            l: bit(13),
+            g: bit(15),
+            avl: bit(12),
+            unusable: u8::from(bit(7) == 0),
+            padding: 0,
+        }
+    };
+    [sregs.es, sregs.cs, sregs.ss, sregs.ds, sregs.fs, sregs.gs] = state.segments.each_ref().map(segment);
+    (sregs.tr, sregs.ldt) = (segment(&state.tr), segment(&state.ldtr));
+    let table =
+        |t: amber_x86::state::TableState| kvm_dtable { base: t.base, limit: t.limit, padding: [0; 3] };
+    (sregs.gdt, sregs.idt) = (table(state.gdtr), table(state.idtr));
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (state.cr0, state.cr3, state.cr4, 0x500);
+    let regs = kvm_regs {
+        rcx: state.gpr[1],
+        rsp: state.gpr[4],
+        rip: state.rip,
+        rflags: state.rflags,
+        ..kvm_regs::default()
+    };
+    (sregs, regs)
+}
