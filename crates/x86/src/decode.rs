@@ -205,7 +205,9 @@ fn push(ops: &mut Vec<Op>, insn: &Instruction, offset: usize, n: usize, context:
 fn writes_conditionally(insn: &Instruction) -> bool {
     use iced_x86::Mnemonic as M;
     match insn.mnemonic() {
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr => {
+        // Rotating through CF by a multiple of the size and one leaves everything as it is.
+        M::Rcl | M::Rcr => true,
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror => {
             insn.op1_kind() == OpKind::Register || insn.immediate8() & 31 == 0
         }
         M::Shld | M::Shrd => insn.op2_kind() == OpKind::Register || insn.immediate8() & 31 == 0,

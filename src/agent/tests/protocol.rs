@@ -92,6 +92,7 @@ async fn a_lost_agent_is_an_error_of_its_own() {
     let mut process = guest.agent.exec(&shell("echo $$; exec sleep 100")).await.unwrap();
     let pid = read_until(&mut process, "\n").await;
     guest.child.kill().unwrap();
+    guest.child.wait().unwrap();
     assert!(matches!(process.next().await, Err(AgentError::ConnectionLost(_))));
     assert!(process.next().await.unwrap().is_none());
     assert!(matches!(guest.agent.info().await, Err(AgentError::Unreachable(_))));

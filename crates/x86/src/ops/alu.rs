@@ -1,7 +1,7 @@
 //! Two-operand arithmetic and logic, comparisons, and their fusion with a conditional jump.
 
 use super::branch::conditional;
-use super::{Place, Source, t};
+use super::{Mem, Place, Source, t};
 use crate::cpu::Cpu;
 use crate::mem::Int;
 use crate::op::{Handler, Op};
@@ -192,13 +192,13 @@ pub(crate) unsafe fn xchg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *co
     Op::run_next(cpu, op)
 }
 
-/// CMPXCHG with the accumulator.
-pub(crate) unsafe fn cmpxchg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+/// CMPXCHG of memory with the accumulator: a write in any case.
+pub(crate) unsafe fn cmpxchg_mem<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let new: T = cpu.reg((*op).src);
     t!(
         cpu,
         op,
-        D::modify(cpu, op, |cpu, old: T| {
+        Mem::modify(cpu, op, |cpu, old: T| {
             let acc: T = cpu.reg(crate::op::reg::RAX);
             Sub::apply::<T, true>(cpu, acc, old);
             if acc.to_u64() == old.to_u64() {
@@ -209,6 +209,18 @@ pub(crate) unsafe fn cmpxchg<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> 
             }
         })
     );
+    Op::run_next(cpu, op)
+}
+
+/// CMPXCHG of a register with the accumulator: one of the two is written (and cleared above 32 bits), not both.
+pub(crate) unsafe fn cmpxchg_reg<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    let (new, old, acc): (T, T, T) = (cpu.reg((*op).src), cpu.reg((*op).dst), cpu.reg(crate::op::reg::RAX));
+    Sub::apply::<T, true>(cpu, acc, old);
+    if acc.to_u64() == old.to_u64() {
+        cpu.set_reg((*op).dst, new);
+    } else {
+        cpu.set_reg(crate::op::reg::RAX, old);
+    }
     Op::run_next(cpu, op)
 }
 

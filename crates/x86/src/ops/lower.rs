@@ -1,6 +1,6 @@
 //! Picks the handler of an integer instruction.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::{Dst, Imm, Mem, Src, alu, bits, branch, mov, muldiv, shift, string};
 use crate::decode::{Lowered, gpr, has_memory};
@@ -217,13 +217,8 @@ fn shift_for<O: shift::Shift>(insn: &Instruction, op: &mut Op) -> Handler {
     }
     op.aux = insn.immediate8() & mask;
     if op.aux == 0 {
-        // A 32-bit register is written, and so extended, all the same.
-        return if insn.op0_kind() == OpKind::Register && size0(insn) == 4 {
-            op.src = op.dst;
-            mov::mov::<u32, Dst, Src>
-        } else {
-            mov::nop
-        };
+        // A 32-bit register is written, and so extended, all the same; and memory is written, and may fault.
+        return unary!(insn, |T, D| shift::by_zero::<T, D> as Handler);
     }
     unary!(insn, |T, D| shift::by_imm::<T, O, D> as Handler)
 }
@@ -305,7 +300,10 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op, context: Context) -> Lowere
             }
         }
         M::Xadd => Some(unary!(insn, |T, D| alu::xadd::<T, D> as Handler)),
-        M::Cmpxchg => Some(unary!(insn, |T, D| alu::cmpxchg::<T, D> as Handler)),
+        M::Cmpxchg if insn.op0_kind() == OpKind::Register => {
+            Some(sized!(size0(insn), T, alu::cmpxchg_reg::<T> as Handler))
+        }
+        M::Cmpxchg => Some(sized!(size0(insn), T, alu::cmpxchg_mem::<T> as Handler)),
         M::Cmpxchg8b => Some(alu::cmpxchg_pair::<u32>),
         M::Cmpxchg16b => Some(alu::cmpxchg_pair::<u64>),
         M::Bswap => Some(sized!(size0(insn), T, mov::bswap::<T> as Handler)),
@@ -383,11 +381,12 @@ pub(crate) fn lower(insn: &Instruction, op: &mut Op, context: Context) -> Lowere
                 (_, false) => mov::pop_mem::<u16>,
             })
         }
-        M::Leave if insn.stack_pointer_increment() == 0 || insn.op_count() == 0 => Some(mov::leave),
+        M::Leave => Some(if insn.code() == Code::Leavew { mov::leave::<u16> } else { mov::leave::<u64> }),
         M::Enter => {
             op.imm = u64::from(insn.immediate16());
             op.aux = insn.immediate8_2nd() & 31;
-            Some(mov::enter)
+            let short = insn.code() == Code::Enterw_imm16_imm8;
+            Some(if short { mov::enter::<u16> } else { mov::enter::<u64> })
         }
         M::Cbw => Some(mov::extend_acc::<u16, u8>),
         M::Cwde => Some(mov::extend_acc::<u32, u16>),

@@ -104,35 +104,35 @@ pub(crate) unsafe fn pop_mem<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op 
 }
 
 /// LEAVE.
-pub(crate) unsafe fn leave(cpu: &mut Cpu, op: *const Op) -> *const Op {
+pub(crate) unsafe fn leave<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let bp = cpu.slot(reg::RBP);
-    let v: u64 = t!(cpu, op, cpu.load(bp));
-    cpu.set_slot(reg::RSP, bp.wrapping_add(8));
-    cpu.set_slot(reg::RBP, v);
+    let v: T = t!(cpu, op, cpu.load(bp));
+    cpu.set_slot(reg::RSP, bp.wrapping_add(T::BYTES));
+    cpu.set_reg(reg::RBP, v);
     Op::run_next(cpu, op)
 }
 
-/// ENTER (64-bit operand): `imm` is the frame size, `aux` the nesting level, 0 to 31.
-pub(crate) unsafe fn enter(cpu: &mut Cpu, op: *const Op) -> *const Op {
+/// ENTER: `imm` is the frame size, `aux` the nesting level, 0 to 31.
+pub(crate) unsafe fn enter<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let level = u64::from((*op).aux);
     let mut sp = cpu.slot(reg::RSP);
     let mut bp = cpu.slot(reg::RBP);
-    sp = sp.wrapping_sub(8);
-    t!(cpu, op, cpu.store(sp, bp));
+    sp = sp.wrapping_sub(T::BYTES);
+    t!(cpu, op, cpu.store(sp, T::from_u64(bp)));
     let frame = sp;
     if level > 0 {
         for _ in 1..level {
-            bp = bp.wrapping_sub(8);
-            sp = sp.wrapping_sub(8);
-            let v: u64 = t!(cpu, op, cpu.load(bp));
+            bp = bp.wrapping_sub(T::BYTES);
+            sp = sp.wrapping_sub(T::BYTES);
+            let v: T = t!(cpu, op, cpu.load(bp));
             t!(cpu, op, cpu.store(sp, v));
         }
-        sp = sp.wrapping_sub(8);
-        t!(cpu, op, cpu.store(sp, frame));
+        sp = sp.wrapping_sub(T::BYTES);
+        t!(cpu, op, cpu.store(sp, T::from_u64(frame)));
     }
     sp = sp.wrapping_sub((*op).imm);
-    t!(cpu, op, cpu.probe_write(sp, 8));
-    cpu.set_slot(reg::RBP, frame);
+    t!(cpu, op, cpu.probe_write(sp, T::BYTES));
+    cpu.set_reg(reg::RBP, T::from_u64(frame));
     cpu.set_slot(reg::RSP, sp);
     Op::run_next(cpu, op)
 }

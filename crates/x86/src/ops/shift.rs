@@ -79,8 +79,11 @@ impl Shift for Rcl {
         // BITS + 1 bits rotate: CF above the operand.
         let bits = T::BITS + 1;
         let c = c % bits;
+        if c == 0 {
+            return a;
+        }
         let v = u128::from(a.to_u64()) | u128::from(cpu.fl.cf()) << T::BITS;
-        let w = if c == 0 { v } else { v << c | v >> (bits - c) };
+        let w = v << c | v >> (bits - c);
         let r = T::from_u64(w as u64);
         let cf = w >> T::BITS & 1 != 0;
         cpu.fl.set_cf_of(cf, (r.sext() >> 63 != 0) != cf);
@@ -92,8 +95,11 @@ impl Shift for Rcr {
     unsafe fn apply<T: Int>(cpu: &mut Cpu, a: T, c: u32) -> T {
         let bits = T::BITS + 1;
         let c = c % bits;
+        if c == 0 {
+            return a;
+        }
         let v = u128::from(a.to_u64()) | u128::from(cpu.fl.cf()) << T::BITS;
-        let w = if c == 0 { v } else { v >> c | v << (bits - c) };
+        let w = v >> c | v << (bits - c);
         let r = T::from_u64(w as u64);
         let cf = w >> T::BITS & 1 != 0;
         let second = r.to_u64() >> (T::BITS - 2) & 1 != 0;
@@ -111,6 +117,12 @@ fn mask<T: Int>() -> u32 {
 pub(crate) unsafe fn by_imm<T: Int, O: Shift, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let c = u32::from((*op).aux);
     t!(cpu, op, D::modify(cpu, op, |cpu, a: T| O::apply(cpu, a, c)));
+    Op::run_next(cpu, op)
+}
+
+/// By an immediate that the mask makes zero: no flag changes.
+pub(crate) unsafe fn by_zero<T: Int, D: Place>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    t!(cpu, op, D::modify(cpu, op, |_, a: T| a));
     Op::run_next(cpu, op)
 }
 

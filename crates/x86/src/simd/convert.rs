@@ -6,7 +6,7 @@ use std::arch::asm;
 use iced_x86::{Code, Instruction, OpKind};
 
 use super::operands;
-use crate::cpu::{Cpu, Xmm};
+use crate::cpu::Cpu;
 use crate::decode::{Lowered, gpr, xmm};
 use crate::flags::bit;
 use crate::mem::Int;
@@ -36,21 +36,19 @@ unsafe fn scalar<const MEM: bool>(
     cpu: &mut Cpu,
     op: *const Op,
     bytes: u64,
-    copy: &mut Xmm,
 ) -> Result<*const u8, crate::cpu::Trap> {
-    if bytes == 8 { cpu.source::<MEM, 8, false>(op, copy) } else { cpu.source::<MEM, 4, false>(op, copy) }
+    if bytes == 8 { cpu.source::<MEM, 8, false>(op) } else { cpu.source::<MEM, 4, false>(op) }
 }
 
 unsafe fn to_integer<O: ToInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
-    let mut copy = Xmm::default();
-    let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES, &mut copy));
+    let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES));
     let v = O::run(src);
     if check {
         t!(cpu, op, cpu.fp_end());
     }
     cpu.set_reg::<u64>((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn from_integer<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -58,26 +56,24 @@ unsafe fn from_integer<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *cons
     let v =
         if MEM { t!(cpu, op, cpu.load::<O::Integer>(cpu.ea(op))) } else { cpu.reg::<O::Integer>((*op).src) };
     if check {
-        let mut dst = cpu.xmm((*op).dst);
-        O::run((&raw mut dst).cast(), v.to_u64());
-        t!(cpu, op, cpu.fp_end());
-        cpu.set_xmm((*op).dst, dst);
+        let old = cpu.xmm((*op).dst);
+        O::run(cpu.xmm_ptr((*op).dst), v.to_u64());
+        t!(cpu, op, cpu.fp_end_or_restore((*op).dst, old));
     } else {
         O::run(cpu.xmm_ptr((*op).dst), v.to_u64());
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn compare<O: Compare, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
-    let mut copy = Xmm::default();
-    let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES, &mut copy));
+    let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES));
     let ah = O::run(cpu.xmm_ptr((*op).dst), src);
     if check {
         t!(cpu, op, cpu.fp_end());
     }
     cpu.set_zpc(ah);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 impl Cpu {
@@ -210,14 +206,13 @@ compare! {
 /// PTEST: ZF when no bit is set in both, CF when the source has none outside the destination.
 unsafe fn ptest<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let mut copy = Xmm::default();
-    let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op, &mut copy));
+    let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op));
     let s = src.cast::<[u64; 2]>().read_unaligned();
     let d = cpu.xmm((*op).dst).0;
     let zf = s[0] & d[0] | s[1] & d[1] == 0;
     let cf = s[0] & !d[0] | s[1] & !d[1] == 0;
     cpu.fl.set_bits(if zf { bit::ZF } else { 0 } | if cf { bit::CF } else { 0 });
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 macro_rules! mask {
@@ -230,7 +225,7 @@ macro_rules! mask {
                     s = in(reg) cpu.xmm_ptr((*op).src), o = out(reg) v, out("xmm0") _,
                     options(nostack, preserves_flags, readonly));
                 cpu.set_reg::<u64>((*op).dst, v);
-                Op::next(op)
+                Op::run_next(cpu, op)
             }
         )*
     };
@@ -251,7 +246,7 @@ unsafe fn extract<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *con
     } else {
         cpu.set_reg::<u64>((*op).dst, v.to_u64());
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// PINSRB, PINSRW, PINSRD and PINSRQ; `aux` is the element.
@@ -259,7 +254,7 @@ unsafe fn insert<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *cons
     t!(cpu, op, cpu.vector_begin());
     let v = if MEM { t!(cpu, op, cpu.load::<T>(cpu.ea(op))) } else { T::from_u64(cpu.reg::<u64>((*op).src)) };
     cpu.xmm_ptr((*op).dst).cast::<T>().add((*op).aux as usize).write_unaligned(v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn extract_of<T: Int>(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -297,7 +292,7 @@ unsafe fn crc32<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const
         _ => asm!("crc32 {c}, {v}", c = inout(reg) c, v = in(reg) v, options(pure, nomem, nostack)),
     }
     cpu.set_reg::<u64>((*op).dst, c);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn crc32_of<T: Int>(insn: &Instruction, op: &mut Op) -> Lowered {

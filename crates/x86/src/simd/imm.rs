@@ -85,22 +85,20 @@ unsafe fn apply<const MEM: bool, const BYTES: u64, const FP: bool>(
     if !FP {
         t!(cpu, op, cpu.vector_begin());
     }
-    let mut copy = Xmm::default();
     let src = if BYTES == 16 {
-        t!(cpu, op, cpu.source::<MEM, BYTES, true>(op, &mut copy))
+        t!(cpu, op, cpu.source::<MEM, BYTES, true>(op))
     } else {
-        t!(cpu, op, cpu.source::<MEM, BYTES, false>(op, &mut copy))
+        t!(cpu, op, cpu.source::<MEM, BYTES, false>(op))
     };
     let run = transmute::<usize, Run>((*op).imm as usize);
     if FP && check {
-        let mut dst = cpu.xmm((*op).dst);
-        run((&raw mut dst).cast(), src);
-        t!(cpu, op, cpu.fp_end());
-        cpu.set_xmm((*op).dst, dst);
+        let old = cpu.xmm((*op).dst);
+        run(cpu.xmm_ptr((*op).dst), src);
+        t!(cpu, op, cpu.fp_end_or_restore((*op).dst, old));
     } else {
         run(cpu.xmm_ptr((*op).dst), src);
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn full<O: Imm>(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -218,18 +216,17 @@ fn insertps(d: u128, s: u128, n: u8) -> u128 {
 
 unsafe fn portable<const MEM: bool, const BYTES: u64>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let mut copy = Xmm::default();
     let src = if BYTES == 16 {
-        let p = t!(cpu, op, cpu.source::<MEM, BYTES, true>(op, &mut copy));
+        let p = t!(cpu, op, cpu.source::<MEM, BYTES, true>(op));
         p.cast::<u128>().read_unaligned()
     } else {
-        let p = t!(cpu, op, cpu.source::<MEM, BYTES, false>(op, &mut copy));
+        let p = t!(cpu, op, cpu.source::<MEM, BYTES, false>(op));
         u128::from(p.cast::<u32>().read_unaligned())
     };
     let dst = cpu.xmm_ptr((*op).dst).cast::<u128>();
     let compute = transmute::<usize, Compute>((*op).imm as usize);
     *dst = compute(*dst, src, (*op).aux);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn lower_portable(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -263,10 +260,10 @@ fn lower_portable(insn: &Instruction, op: &mut Op) -> Lowered {
 /// Shifts by an immediate: the shift by a register, with the count as the source.
 unsafe fn shift(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let count = Xmm([u64::from((*op).aux), 0]);
+    cpu.x87.operand = Xmm([u64::from((*op).aux), 0]);
     let run = transmute::<usize, Run>((*op).imm as usize);
-    run(cpu.xmm_ptr((*op).dst), (&raw const count).cast());
-    Op::next(op)
+    run(cpu.xmm_ptr((*op).dst), (&raw const cpu.x87.operand).cast());
+    Op::run_next(cpu, op)
 }
 
 fn lower_shift(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -332,8 +329,7 @@ fn length(cpu: &Cpu, r: u8, wide: bool) -> i32 {
 
 unsafe fn find<O: Text, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let mut copy = Xmm::default();
-    let src = t!(cpu, op, cpu.source::<MEM, 16, false>(op, &mut copy));
+    let src = t!(cpu, op, cpu.source::<MEM, 16, false>(op));
     let find = transmute::<usize, Find>((*op).imm as usize);
     let wide = (*op).aux != 0;
     let (la, lb) =
@@ -345,7 +341,7 @@ unsafe fn find<O: Text, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const
         cpu.set_xmm(0, found.mask);
     }
     cpu.fl.set_bits(found.flags & bit::ARITHMETIC);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn text<O: Text>(insn: &Instruction, op: &mut Op, wide: bool) -> Lowered {

@@ -33,10 +33,15 @@ impl Cpu {
 
     /// Once nothing can fault any more: the x87 state becomes MMX state.
     fn mmx_commit(&mut self) {
+        self.mmx_turn();
+        self.x87.ftw = 0xff;
+    }
+
+    /// TOP becomes 0; registers stay where they are.
+    fn mmx_turn(&mut self) {
         let top = self.x87.top();
         self.x87.st.rotate_right(top);
         self.x87.set_top(0);
-        self.x87.ftw = 0xff;
     }
 
     fn mm(&self, off: u8) -> u64 {
@@ -91,7 +96,7 @@ unsafe fn run(cpu: &mut Cpu, op: *const Op, src: u64) -> *const Op {
     let run = transmute::<usize, Run>((*op).imm as usize);
     run((&raw mut dst).cast(), (&raw const src).cast());
     cpu.set_mm((*op).dst, dst);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 macro_rules! pairs {
@@ -211,29 +216,30 @@ unsafe fn immediate<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op 
     let compute = transmute::<usize, Compute>((*op).imm as usize);
     let v = compute(cpu.mm((*op).dst), src, (*op).aux);
     cpu.set_mm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVQ and MOVD to an MMX register from memory of `aux` bytes or from one.
 unsafe fn load<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = t!(cpu, op, cpu.mmx_source::<MEM>(op, u64::from((*op).aux)));
     cpu.set_mm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVQ, MOVNTQ and MOVD to memory of `aux` bytes.
 unsafe fn store(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.mmx_begin());
     let va = cpu.ea(op);
-    t!(cpu, op, cpu.probe_write(va, u64::from((*op).aux)));
-    cpu.mmx_commit();
+    // TOP changes even if the store faults.
+    cpu.mmx_turn();
     let v = cpu.mm((*op).src);
     if (*op).aux == 8 {
         t!(cpu, op, cpu.store::<u64>(va, v));
     } else {
         t!(cpu, op, cpu.store::<u32>(va, v as u32));
     }
-    Op::next(op)
+    cpu.mmx_commit();
+    Op::run_next(cpu, op)
 }
 
 /// MOVD and MOVQ from a general register; `aux` bytes.
@@ -242,7 +248,7 @@ unsafe fn from_gpr(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.mmx_commit();
     let v = if (*op).aux == 8 { cpu.reg::<u64>((*op).src) } else { u64::from(cpu.reg::<u32>((*op).src)) };
     cpu.set_mm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVD and MOVQ to a general register; `aux` bytes.
@@ -251,7 +257,7 @@ unsafe fn to_gpr(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.mmx_commit();
     let v = cpu.mm((*op).src);
     cpu.set_reg::<u64>((*op).dst, if (*op).aux == 8 { v } else { v & 0xffff_ffff });
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// PMOVMSKB.
@@ -261,7 +267,7 @@ unsafe fn byte_mask(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.mm((*op).src);
     let mask = (0..8).fold(0, |m, i| m | (v >> (8 * i + 7) & 1) << i);
     cpu.set_reg::<u64>((*op).dst, mask);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// PEXTRW.
@@ -270,7 +276,7 @@ unsafe fn extract(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.mmx_commit();
     let v = cpu.mm((*op).src) >> (16 * (*op).aux) & 0xffff;
     cpu.set_reg::<u64>((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// PINSRW.
@@ -285,7 +291,7 @@ unsafe fn insert<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let at = 16 * (*op).aux;
     let old = cpu.mm((*op).dst);
     cpu.set_mm((*op).dst, old & !(0xffff << at) | v << at);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MASKMOVQ.
@@ -299,7 +305,7 @@ unsafe fn maskmov(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let mask = Xmm([cpu.x87.st[at((*op).src)][0], 0]);
     t!(cpu, op, cpu.store_masked(va, v, mask, 8));
     cpu.mmx_commit();
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVQ2DQ.
@@ -309,7 +315,7 @@ unsafe fn to_xmm(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.mmx_commit();
     let v = cpu.mm((*op).src);
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVDQ2Q.
@@ -319,14 +325,14 @@ unsafe fn from_xmm(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.mmx_commit();
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_mm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn emms(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.mmx_begin());
     cpu.mmx_commit();
     cpu.x87.ftw = 0;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 macro_rules! conversions {
@@ -362,24 +368,24 @@ macro_rules! conversions_to_mm {
 }
 conversions_to_mm!(cvtps2pi cvttps2pi cvtpd2pi cvttpd2pi);
 
-/// CVTPI2PS and CVTPI2PD: `imm` holds what to run. `PD` from memory does not touch the x87 state.
-unsafe fn convert_from<const MEM: bool, const PD: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+/// CVTPI2PS and CVTPI2PD: `imm` holds what to run. From memory they do not touch the x87 state.
+unsafe fn convert_from<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
-    let src = if MEM && PD {
+    let src = if MEM {
         // Executing it needs the host's MMX registers.
         cpu.x87_save();
         t!(cpu, op, cpu.load::<u64>(cpu.ea(op)))
     } else {
-        t!(cpu, op, cpu.mmx_source::<MEM>(op, 8))
+        t!(cpu, op, cpu.mmx_source::<false>(op, 8))
     };
-    let mut dst = cpu.xmm((*op).dst);
+    let old = cpu.xmm((*op).dst);
     let run = transmute::<usize, Run>((*op).imm as usize);
-    run((&raw mut dst).cast(), (&raw const src).cast());
+    cpu.x87.operand = Xmm([src, 0]);
+    run(cpu.xmm_ptr((*op).dst), (&raw const cpu.x87.operand).cast());
     if check {
-        t!(cpu, op, cpu.fp_end());
+        t!(cpu, op, cpu.fp_end_or_restore((*op).dst, old));
     }
-    cpu.set_xmm((*op).dst, dst);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CVT(T)PS2PI and CVT(T)PD2PI.
@@ -398,21 +404,22 @@ unsafe fn convert_to<const MEM: bool, const BYTES: u64>(cpu: &mut Cpu, op: *cons
         }
         t!(cpu, op, cpu.load128(va))
     };
-    let mut dst = 0u64;
     let run = transmute::<usize, Run>((*op).imm as usize);
+    let mut dst = 0u64;
     run((&raw mut dst).cast(), (&raw const src).cast());
+    // The x87 state changes even if the conversion faults.
+    cpu.mmx_commit();
     if check {
         t!(cpu, op, cpu.fp_end());
     }
-    cpu.mmx_commit();
     cpu.set_mm((*op).dst, dst);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn lower_convert(insn: &Instruction, op: &mut Op) -> Lowered {
     let memory = insn.op1_kind() == OpKind::Memory;
     let (run, bytes): (Run, u8) = match insn.code() {
-        Code::Cvtpi2ps_xmm_mmm64 => (cvtpi2ps, 4),
+        Code::Cvtpi2ps_xmm_mmm64 => (cvtpi2ps, 0),
         Code::Cvtpi2pd_xmm_mmm64 => (cvtpi2pd, 0),
         Code::Cvtps2pi_mm_xmmm64 => (cvtps2pi, 8),
         Code::Cvttps2pi_mm_xmmm64 => (cvttps2pi, 8),
@@ -436,11 +443,7 @@ fn lower_convert(insn: &Instruction, op: &mut Op) -> Lowered {
         if !memory {
             op.src = mm(insn.op1_register());
         }
-        op.h = match (memory, bytes) {
-            (false, _) => convert_from::<false, false>,
-            (true, 4) => convert_from::<true, false>,
-            (true, _) => convert_from::<true, true>,
-        };
+        op.h = if memory { convert_from::<true> } else { convert_from::<false> };
     }
     Lowered::Plain
 }

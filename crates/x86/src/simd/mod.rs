@@ -176,6 +176,7 @@ impl Cpu {
     }
 
     #[cold]
+    #[inline(never)]
     unsafe fn fp_begin_slow(&mut self) -> Result<bool, Trap> {
         self.vector_unavailable()?;
         self.sync_mxcsr();
@@ -185,6 +186,7 @@ impl Cpu {
 
     /// Behind a floating-point instruction whose result is not yet written: raises what the guest has not masked.
     #[cold]
+    #[inline(never)]
     unsafe fn fp_end(&mut self) -> Result<(), Trap> {
         let mut flags = read_mxcsr() & MXCSR_FLAGS;
         let unmasked = flags & !(self.mxcsr >> 7);
@@ -201,13 +203,23 @@ impl Cpu {
         Err(self.raise(v, None))
     }
 
-    /// Host address of the source operand: operand 1's register, or `BYTES` bytes of memory (copied into `copy` when
-    /// they cannot be had in place).
+    /// [`Cpu::fp_end`] for a result that is written already: takes it back if the instruction faults.
+    #[cold]
+    #[inline(never)]
+    unsafe fn fp_end_or_restore(&mut self, dst: u8, old: Xmm) -> Result<(), Trap> {
+        let result = self.fp_end();
+        if result.is_err() {
+            self.set_xmm(dst, old);
+        }
+        result
+    }
+
+    /// Host address of the source operand: operand 1's register, or `BYTES` bytes of memory (copied into the CPU when
+    /// they cannot be had in place; a local copy would keep handlers from running on into each other).
     #[inline(always)]
     unsafe fn source<const MEM: bool, const BYTES: u64, const ALIGNED: bool>(
         &mut self,
         op: *const Op,
-        copy: &mut Xmm,
     ) -> Result<*const u8, Trap> {
         if !MEM {
             return Ok(self.xmm_ptr((*op).src));
@@ -219,8 +231,8 @@ impl Cpu {
         match self.read_ptr(va, BYTES) {
             Some(p) => Ok(p),
             None => {
-                *copy = self.source_slow(va, BYTES)?;
-                Ok((&raw const *copy).cast())
+                self.x87.operand = self.source_slow(va, BYTES)?;
+                Ok((&raw const self.x87.operand).cast())
             }
         }
     }
@@ -231,6 +243,7 @@ impl Cpu {
     }
 
     #[cold]
+    #[inline(never)]
     unsafe fn source_slow(&mut self, va: u64, bytes: u64) -> Result<Xmm, Trap> {
         if bytes == 16 { self.load128(va) } else { Ok(Xmm([self.load_slow(va, bytes)?, 0])) }
     }

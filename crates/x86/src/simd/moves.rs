@@ -13,7 +13,7 @@ unsafe fn copy(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src);
     cpu.set_xmm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -25,7 +25,7 @@ unsafe fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     }
     let v = t!(cpu, op, cpu.load128(va));
     cpu.set_xmm((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn store<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -37,7 +37,7 @@ unsafe fn store<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op 
     }
     let v = cpu.xmm((*op).src);
     t!(cpu, op, cpu.store128(va, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVSS, MOVD from memory: the rest becomes zero.
@@ -45,7 +45,7 @@ unsafe fn load32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = t!(cpu, op, cpu.load::<u32>(cpu.ea(op)));
     cpu.set_xmm((*op).dst, Xmm([u64::from(v), 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVSD, MOVQ from memory: the rest becomes zero.
@@ -53,7 +53,7 @@ unsafe fn load64(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = t!(cpu, op, cpu.load::<u64>(cpu.ea(op)));
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVLPS and MOVHPS from memory: one half changes.
@@ -61,21 +61,21 @@ unsafe fn load_half<const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const O
     t!(cpu, op, cpu.vector_begin());
     let v = t!(cpu, op, cpu.load::<u64>(cpu.ea(op)));
     cpu.xmm[(*op).dst as usize >> 4].0[HALF] = v;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn store32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[0] as u32;
     t!(cpu, op, cpu.store::<u32>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn store_half<const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[HALF];
     t!(cpu, op, cpu.store::<u64>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVSS register to register: 4 bytes change.
@@ -84,7 +84,7 @@ unsafe fn merge32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.xmm((*op).src).0[0];
     let d = &mut cpu.xmm[(*op).dst as usize >> 4].0[0];
     *d = *d >> 32 << 32 | v & 0xffff_ffff;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVSD, MOVHLPS, MOVLHPS register to register: half `FROM` of the source becomes half `TO`.
@@ -92,7 +92,7 @@ unsafe fn merge64<const FROM: usize, const TO: usize>(cpu: &mut Cpu, op: *const 
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[FROM];
     cpu.xmm[(*op).dst as usize >> 4].0[TO] = v;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVQ register to register: the upper half becomes zero.
@@ -100,42 +100,42 @@ unsafe fn low64(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn from_gpr32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.reg::<u32>((*op).src);
     cpu.set_xmm((*op).dst, Xmm([u64::from(v), 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn from_gpr64(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.reg::<u64>((*op).src);
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn to_gpr32(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_reg::<u32>((*op).dst, v as u32);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn to_gpr64(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_reg::<u64>((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOVNTI.
 unsafe fn movnti<T: crate::mem::Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.reg::<T>((*op).src);
     t!(cpu, op, cpu.store::<T>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MASKMOVDQU: bytes whose mask bit is set go to [RDI].
@@ -144,7 +144,7 @@ unsafe fn maskmov(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = cpu.ea(op);
     let (v, mask) = (cpu.xmm((*op).dst), cpu.xmm((*op).src));
     t!(cpu, op, cpu.store_masked(va, v, mask, 16));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 impl Cpu {

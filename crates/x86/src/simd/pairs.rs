@@ -7,7 +7,7 @@ use std::arch::asm;
 use iced_x86::{Code, Instruction};
 
 use super::{Run, gate, operands};
-use crate::cpu::{Cpu, Xmm};
+use crate::cpu::Cpu;
 use crate::decode::Lowered;
 use crate::op::Op;
 use crate::ops::t;
@@ -28,25 +28,24 @@ unsafe fn reg<O: Pair>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return slow(cpu, op, O::run, src, O::FP);
     }
     O::run(cpu.xmm_ptr((*op).dst), src);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn mem<O: Pair>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     if cpu.x87.gate & mask::<O>() != 0 {
         t!(cpu, op, cpu.vector_unavailable());
     }
-    let mut copy = Xmm::default();
     let src = match O::BYTES {
-        16 => t!(cpu, op, cpu.source::<true, 16, true>(op, &mut copy)),
-        8 => t!(cpu, op, cpu.source::<true, 8, false>(op, &mut copy)),
-        4 => t!(cpu, op, cpu.source::<true, 4, false>(op, &mut copy)),
-        _ => t!(cpu, op, cpu.source::<true, 2, false>(op, &mut copy)),
+        16 => t!(cpu, op, cpu.source::<true, 16, true>(op)),
+        8 => t!(cpu, op, cpu.source::<true, 8, false>(op)),
+        4 => t!(cpu, op, cpu.source::<true, 4, false>(op)),
+        _ => t!(cpu, op, cpu.source::<true, 2, false>(op)),
     };
     if cpu.x87.gate & mask::<O>() != 0 {
         return slow(cpu, op, O::run, src, O::FP);
     }
     O::run(cpu.xmm_ptr((*op).dst), src);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn mask<O: Pair>() -> u8 {
@@ -56,20 +55,18 @@ fn mask<O: Pair>() -> u8 {
 /// Executes with the checks that an open gate spares.
 #[cold]
 pub(super) unsafe fn slow(cpu: &mut Cpu, op: *const Op, run: Run, src: *const u8, fp: bool) -> *const Op {
-    let mut dst = cpu.xmm((*op).dst);
-    let out = (&raw mut dst).cast::<u8>();
+    let old = cpu.xmm((*op).dst);
     if fp {
         let check = t!(cpu, op, cpu.fp_begin());
-        run(out, src);
+        run(cpu.xmm_ptr((*op).dst), src);
         if check {
-            t!(cpu, op, cpu.fp_end());
+            t!(cpu, op, cpu.fp_end_or_restore((*op).dst, old));
         }
     } else {
         t!(cpu, op, cpu.vector_begin());
-        run(out, src);
+        run(cpu.xmm_ptr((*op).dst), src);
     }
-    cpu.set_xmm((*op).dst, dst);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn pair<O: Pair>(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -320,11 +317,10 @@ unsafe fn blend_run<const KIND: u8>(dst: *mut u8, src: *const u8, mask: *const u
 
 unsafe fn blend_op<const KIND: u8, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.vector_begin());
-    let mut copy = Xmm::default();
-    let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op, &mut copy));
+    let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op));
     let mask = cpu.xmm_ptr(0);
     blend_run::<KIND>(cpu.xmm_ptr((*op).dst), src, mask);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 fn blend<const KIND: u8>(insn: &Instruction, op: &mut Op) -> Lowered {

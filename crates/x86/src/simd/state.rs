@@ -19,7 +19,7 @@ unsafe fn ldmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.trap(op);
     }
     cpu.set_mxcsr(v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn stmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -27,7 +27,7 @@ unsafe fn stmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.sync_mxcsr();
     let v = cpu.mxcsr;
     t!(cpu, op, cpu.store::<u32>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FXSAVE and FXRSTOR: #NM for EM or TS, #GP unless aligned to 16.
@@ -41,7 +41,7 @@ unsafe fn image_operand(cpu: &mut Cpu, op: *const Op) -> Result<u64, Trap> {
 
 unsafe fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = t!(cpu, op, image_operand(cpu, op));
-    t!(cpu, op, cpu.probe_write(va, IMAGE as u64));
+    t!(cpu, op, cpu.probe_write(va, 512));
     cpu.x87_save();
     cpu.sync_mxcsr();
     let mut image = cpu.fxsave_image();
@@ -54,12 +54,14 @@ unsafe fn fxsave<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         let part = part.as_ptr().cast::<[u64; 2]>().read_unaligned();
         t!(cpu, op, cpu.store128(va.wrapping_add(16 * i as u64), Xmm(part)));
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = t!(cpu, op, image_operand(cpu, op));
     let mut image = [0u8; 512];
+    // The whole area must be there.
+    t!(cpu, op, cpu.load::<u8>(va.wrapping_add(511)));
     for (i, part) in image[..IMAGE].chunks_exact_mut(16).enumerate() {
         let Xmm(v) = t!(cpu, op, cpu.load128(va.wrapping_add(16 * i as u64)));
         part.as_mut_ptr().cast::<[u64; 2]>().write_unaligned(v);
@@ -76,7 +78,7 @@ unsafe fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.x87_discard();
     cpu.set_fxsave_image(&image);
     cpu.enter_guest_fp();
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 impl Cpu {
@@ -100,7 +102,7 @@ impl Cpu {
             w.copy_from_slice(&image[i..i + 8]);
             u64::from_le_bytes(w)
         };
-        self.x87.from_image(image);
+        self.x87.set_image(image);
         self.mxcsr = word(24) as u32 & MXCSR_VALID;
         for (i, x) in self.xmm.iter_mut().enumerate() {
             *x = Xmm([word(160 + 16 * i), word(168 + 16 * i)]);

@@ -19,7 +19,7 @@ unsafe fn fldcw(cpu: &mut Cpu, op: *const Op) -> *const Op {
     if cpu.x87.unmasked {
         cpu.x87_check();
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fnstcw(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -29,7 +29,7 @@ unsafe fn fnstcw(cpu: &mut Cpu, op: *const Op) -> *const Op {
         asm!("fnstcw [{}]", in(reg) &raw mut v, options(nostack, preserves_flags));
     }
     t!(cpu, op, cpu.store::<u16>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn status(cpu: &Cpu) -> u16 {
@@ -40,14 +40,14 @@ unsafe fn fnstsw(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.x87_available());
     let v = status(cpu);
     t!(cpu, op, cpu.store::<u16>(cpu.ea(op), v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fnstsw_ax(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.x87_available());
     let v = status(cpu);
     cpu.set_reg::<u16>(reg::RAX, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fnclex(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -57,14 +57,14 @@ unsafe fn fnclex(cpu: &mut Cpu, op: *const Op) -> *const Op {
     } else {
         cpu.x87.fsw &= 0x7f00;
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fninit(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.x87_available());
     cpu.x87_save();
     cpu.x87.initialise();
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// WAIT: raises what is pending.
@@ -77,7 +77,7 @@ unsafe fn wait(cpu: &mut Cpu, op: *const Op) -> *const Op {
         cpu.raise(vector::MF, None);
         return cpu.trap(op);
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FNSTENV: stores the environment and masks all exceptions.
@@ -91,7 +91,7 @@ unsafe fn fnstenv<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, write_bytes(cpu, va, &image[..X87::env_bytes(WIDE)]));
     let fsw = cpu.x87.fsw;
     cpu.x87.set_words(cpu.x87.fcw | FCW_MASKS, fsw);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FNSAVE: stores environment and registers and initialises the unit.
@@ -109,7 +109,7 @@ unsafe fn fnsave<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     }
     t!(cpu, op, write_bytes(cpu, va, &image[..env + 80]));
     cpu.x87.initialise();
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 unsafe fn fldenv<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -117,8 +117,8 @@ unsafe fn fldenv<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let mut image = [0; 108];
     let va = cpu.ea(op);
     t!(cpu, op, read_bytes(cpu, va, &mut image[..X87::env_bytes(WIDE)]));
-    cpu.x87.from_env(&image, WIDE);
-    Op::next(op)
+    cpu.x87.set_env(&image, WIDE);
+    Op::run_next(cpu, op)
 }
 
 unsafe fn frstor<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
@@ -127,13 +127,13 @@ unsafe fn frstor<const WIDE: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let mut image = [0; 108];
     let va = cpu.ea(op);
     t!(cpu, op, read_bytes(cpu, va, &mut image[..env + 80]));
-    cpu.x87.from_env(&image, WIDE);
+    cpu.x87.set_env(&image, WIDE);
     for (st, part) in cpu.x87.st.iter_mut().zip(image[env..].chunks_exact(10)) {
         let mut low = [0; 8];
         low.copy_from_slice(&part[..8]);
         *st = [u64::from_le_bytes(low), u64::from(u16::from_le_bytes([part[8], part[9]]))];
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FLDENV and FRSTOR wait.
@@ -160,6 +160,7 @@ unsafe fn read_bytes(cpu: &mut Cpu, va: u64, bytes: &mut [u8]) -> Result<(), Tra
 impl X87 {
     /// FNINIT: registers keep their bits but become empty.
     fn initialise(&mut self) {
+        self.turn_to(0x37f, 0);
         *self = X87 { st: self.st, gate: self.gate, ..X87::default() };
     }
 
@@ -211,7 +212,7 @@ impl X87 {
         }
     }
 
-    fn from_env(&mut self, image: &[u8; 108], wide: bool) {
+    fn set_env(&mut self, image: &[u8; 108], wide: bool) {
         let word = |i: usize| {
             let at = if wide { 4 * i } else { 2 * i };
             u16::from_le_bytes([image[at], image[at + 1]])
@@ -219,7 +220,7 @@ impl X87 {
         let high = |i: usize| {
             if wide { u64::from(u16::from_le_bytes([image[4 * i + 2], image[4 * i + 3]])) } else { 0 }
         };
-        self.set_words(word(0), word(1));
+        self.turn_to(word(0), word(1));
         let tags = word(2);
         self.ftw = (0..8).fold(0, |f, i| f | u8::from(tags >> (2 * i) & 3 != 3) << i);
         self.fip = u64::from(word(3)) | high(3) << 16;

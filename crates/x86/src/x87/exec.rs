@@ -4,8 +4,8 @@ use std::arch::asm;
 
 use iced_x86::{Code, Instruction, Register};
 
-use super::FSW_ES;
-use crate::cpu::Cpu;
+use super::{FSW_ES, host_status};
+use crate::cpu::{Cpu, Trap, Xmm};
 use crate::decode::Lowered;
 use crate::op::{Handler, Op};
 use crate::ops::t;
@@ -15,7 +15,7 @@ unsafe fn plain<const B0: u8, const B1: u8>(cpu: &mut Cpu, op: *const Op) -> *co
     t!(cpu, op, cpu.x87_begin());
     asm!(".byte {}, {}", const B0, const B1, options(nomem, nostack));
     cpu.x87_end(op);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FCMOVcc: reads the guest's flags.
@@ -24,7 +24,7 @@ unsafe fn conditional<const B0: u8, const B1: u8>(cpu: &mut Cpu, op: *const Op) 
     let ah = (cpu.fl.bits() as u16 & 0xff | 2) << 8;
     asm!("sahf", ".byte {}, {}", const B0, const B1, in("ax") ah, options(nomem, nostack));
     cpu.x87_end(op);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// FCOMI and its kin: set the guest's flags.
@@ -33,33 +33,29 @@ unsafe fn compare<const B0: u8, const B1: u8>(cpu: &mut Cpu, op: *const Op) -> *
     let ax: u16;
     asm!(".byte {}, {}", "lahf", const B0, const B1, out("ax") ax, options(nomem, nostack));
     cpu.x87_end(op);
-    // An unmasked invalid operand leaves the flags alone.
-    if !(cpu.x87.pending() && cpu.x87.fsw & FSW_ES != 0) {
-        cpu.set_zpc(ax);
-    }
-    Op::next(op)
+    cpu.set_zpc(ax);
+    Op::run_next(cpu, op)
 }
 
 /// A memory operand that is read.
 unsafe fn read<const B0: u8, const N: u8, const BYTES: u64>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.x87_begin());
     let va = cpu.ea(op);
-    let copy;
     let p = match cpu.read_ptr(va, BYTES) {
         Some(p) => p,
         None => {
-            copy = t!(cpu, op, read_slow(cpu, va, BYTES));
-            (&raw const copy).cast()
+            cpu.x87.operand = Xmm(t!(cpu, op, read_slow(cpu, va, BYTES)));
+            (&raw const cpu.x87.operand).cast()
         }
     };
     asm!(".byte {}, {}", const B0, const N * 8, in("rax") p, options(nostack, readonly));
     cpu.x87.fdp = va.wrapping_sub(cpu.slot((*op).seg));
     cpu.x87_end(op);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 #[cold]
-unsafe fn read_slow(cpu: &mut Cpu, va: u64, bytes: u64) -> Result<[u64; 2], crate::cpu::Trap> {
+unsafe fn read_slow(cpu: &mut Cpu, va: u64, bytes: u64) -> Result<[u64; 2], Trap> {
     Ok(match bytes {
         2 => [u64::from(cpu.load::<u16>(va)?), 0],
         4 => [u64::from(cpu.load::<u32>(va)?), 0],
@@ -69,7 +65,7 @@ unsafe fn read_slow(cpu: &mut Cpu, va: u64, bytes: u64) -> Result<[u64; 2], crat
 }
 
 #[cold]
-unsafe fn write_slow(cpu: &mut Cpu, va: u64, bytes: u64, v: [u64; 2]) -> Result<(), crate::cpu::Trap> {
+unsafe fn write_slow(cpu: &mut Cpu, va: u64, bytes: u64, v: [u64; 2]) -> Result<(), Trap> {
     match bytes {
         2 => cpu.store::<u16>(va, v[0] as u16),
         4 => cpu.store::<u32>(va, v[0] as u32),
@@ -81,22 +77,55 @@ unsafe fn write_slow(cpu: &mut Cpu, va: u64, bytes: u64, v: [u64; 2]) -> Result<
     }
 }
 
+/// Executes a store whose operand is not in one writable page.
+#[cold]
+#[inline(never)]
+unsafe fn store_apart<const B0: u8, const N: u8, const BYTES: u64>(
+    cpu: &mut Cpu,
+    va: u64,
+) -> Result<(), Trap> {
+    let mut v = [0u64; 2];
+    if !cpu.x87.unmasked {
+        cpu.probe_write(va, BYTES)?;
+        asm!(".byte {}, {}", const B0, const N * 8, in("rax") &raw mut v, options(nostack));
+        return write_slow(cpu, va, BYTES, v);
+    }
+    // An unmasked exception may keep it from storing, and then memory is not touched. Whether it stored shows when it
+    // gives the same over different old contents.
+    cpu.x87_save();
+    let before = cpu.x87;
+    cpu.x87_begin()?;
+    asm!(".byte {}, {}", const B0, const N * 8, in("rax") &raw mut v, options(nostack));
+    if host_status() & FSW_ES != 0 {
+        cpu.x87_discard();
+        cpu.x87 = before;
+        cpu.x87_begin()?;
+        let mut again = [u64::MAX; 2];
+        asm!(".byte {}, {}", const B0, const N * 8, in("rax") &raw mut again, options(nostack));
+        if v[0] as u16 != again[0] as u16 {
+            return Ok(());
+        }
+    }
+    let stored = cpu.probe_write(va, BYTES);
+    if stored.is_err() {
+        cpu.x87_discard();
+        cpu.x87 = before;
+        return stored;
+    }
+    write_slow(cpu, va, BYTES, v)
+}
+
 /// A memory operand that is written.
 unsafe fn write<const B0: u8, const N: u8, const BYTES: u64>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.x87_begin());
     let va = cpu.ea(op);
-    if let Some(p) = cpu.write_ptr(va, BYTES) {
-        asm!(".byte {}, {}", const B0, const N * 8, in("rax") p, options(nostack));
-    } else {
-        t!(cpu, op, cpu.probe_write(va, BYTES));
-        // An unmasked exception may keep the instruction from storing: then the old bytes are written back.
-        let mut copy = if cpu.x87.unmasked { t!(cpu, op, read_slow(cpu, va, BYTES)) } else { [0; 2] };
-        asm!(".byte {}, {}", const B0, const N * 8, in("rax") &raw mut copy, options(nostack));
-        t!(cpu, op, write_slow(cpu, va, BYTES, copy));
+    match cpu.write_ptr(va, BYTES) {
+        Some(p) => asm!(".byte {}, {}", const B0, const N * 8, in("rax") p, options(nostack)),
+        None => t!(cpu, op, store_apart::<B0, N, BYTES>(cpu, va)),
     }
     cpu.x87.fdp = va.wrapping_sub(cpu.slot((*op).seg));
     cpu.x87_end(op);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 macro_rules! row {

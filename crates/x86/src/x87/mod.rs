@@ -17,7 +17,7 @@ use std::arch::asm;
 
 use iced_x86::Instruction;
 
-use crate::cpu::{Cpu, Trap, vector};
+use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::Lowered;
 use crate::op::{Op, reg};
 use crate::simd::{CR0_EM, CR0_TS};
@@ -33,7 +33,7 @@ const FCW_VALID: u16 = 0x1f3f;
 const FCW_ONE: u16 = 0x40;
 
 /// The x87 state: bytes 0 to 159 of the FXSAVE64 image, and what the CPU needs to know about it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct X87 {
     /// Control word.
     pub(crate) fcw: u16,
@@ -55,6 +55,8 @@ pub(crate) struct X87 {
     unmasked: bool,
     /// [`gate`](crate::simd::gate) bits: why vector instructions need a second look.
     pub(crate) gate: u8,
+    /// Copy of a memory operand that is not in one page of RAM, for the length of an instruction.
+    pub(crate) operand: Xmm,
 }
 
 impl Default for X87 {
@@ -71,6 +73,7 @@ impl Default for X87 {
             live: false,
             unmasked: false,
             gate: 0,
+            operand: Xmm::default(),
         }
     }
 }
@@ -88,6 +91,14 @@ impl X87 {
     /// Whether an unmasked exception waits for the next waiting instruction. A live state has none.
     pub(crate) fn pending(&self) -> bool {
         !self.live && self.fsw & FSW_ES != 0
+    }
+
+    /// Takes a new status word whose TOP may differ: registers stay where they are, so ST(i) becomes another.
+    fn turn_to(&mut self, fcw: u16, fsw: u16) {
+        let old = self.top();
+        self.set_words(fcw, fsw);
+        let turn = self.top().wrapping_sub(old) & 7;
+        self.st.rotate_left(turn);
     }
 
     /// Takes new control and status words as hardware does.
@@ -115,7 +126,7 @@ impl X87 {
     }
 
     /// Reads what [`X87::to_image`] writes. Any content is valid.
-    pub(crate) fn from_image(&mut self, image: &[u8; 512]) {
+    pub(crate) fn set_image(&mut self, image: &[u8; 512]) {
         let half = |i: usize| u16::from_le_bytes([image[i], image[i + 1]]);
         let word = |i: usize| {
             let mut w = [0; 8];
@@ -153,7 +164,7 @@ impl Cpu {
         // SAFETY: FXSAVE64 writes 512 bytes to an aligned local; neither instruction waits for exceptions.
         unsafe { asm!("fxsave64 [{}]", "fninit", in(reg) &raw mut image, options(nostack, preserves_flags)) };
         let (fop, fip, fdp) = (self.x87.fop, self.x87.fip, self.x87.fdp);
-        self.x87.from_image(&image.0);
+        self.x87.set_image(&image.0);
         // The host's pointers are the host's.
         (self.x87.fop, self.x87.fip, self.x87.fdp) = (fop, fip, fdp);
     }
@@ -174,6 +185,7 @@ impl Cpu {
     }
 
     #[cold]
+    #[inline(never)]
     unsafe fn x87_begin_slow(&mut self) -> Result<(), Trap> {
         self.x87_available()?;
         if self.x87.pending() {
@@ -212,6 +224,7 @@ impl Cpu {
 
     /// Brings the state to rest if it holds an unmasked exception.
     #[cold]
+    #[inline(never)]
     unsafe fn x87_check(&mut self) {
         if host_status() & FSW_ES != 0 {
             self.x87_save();
