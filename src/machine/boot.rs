@@ -11,9 +11,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::platform::{
-    IOAPIC_BASE, IOAPIC_ID, IOAPIC_PINS, LAPIC_BASE, LOW_RAM_END, MemoryMap, layout,
-};
+use super::platform::{IOAPIC_BASE, IOAPIC_ID, IOAPIC_PINS, LAPIC_BASE, LOW_RAM_END, MemoryMap, layout};
 use super::ram::view::GuestMemory;
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -310,7 +308,10 @@ mod tests {
         outside[64 + 24..64 + 32].copy_from_slice(&(1u64 << 40).to_le_bytes());
         assert!(matches!(load(&mem, map, &outside, "", &[0; 32]), Err(BootError::Elf(_))));
         let line = "x".repeat(layout::CMDLINE_SIZE as usize);
-        assert!(matches!(load(&mem, map, &tiny_kernel(), &line, &[0; 32]), Err(BootError::CommandLine(2048))));
+        assert!(matches!(
+            load(&mem, map, &tiny_kernel(), &line, &[0; 32]),
+            Err(BootError::CommandLine(2048))
+        ));
     }
 
     #[test]

@@ -12,8 +12,8 @@ use super::devices::Devices;
 use super::irq::Irqchip;
 use super::irq::pit::Pit;
 use super::platform::{
-    self, APIC_BASE, IOAPIC_BASE, LAPIC_BASE, MSR_APIC_BASE, MSR_UCODE_REV, PAGE_SIZE, SERIAL_PORT, Slot, VIRTIO_BASE,
-    VIRTIO_SIZE, VIRTIO_STRIDE,
+    self, APIC_BASE, IOAPIC_BASE, LAPIC_BASE, MSR_APIC_BASE, MSR_UCODE_REV, PAGE_SIZE, SERIAL_PORT, Slot,
+    VIRTIO_BASE, VIRTIO_SIZE, VIRTIO_STRIDE,
 };
 use super::ram::Ram;
 use super::vcpu::Kicker;

@@ -23,19 +23,19 @@ impl IrqLine for Line {
 
 /// Saved state of all devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DevicesState {
+pub(super) struct DevicesState {
     /// The root disk's.
-    pub block: MmioState<BlockState>,
+    pub(super) block: MmioState<BlockState>,
     /// That of the way to the agent.
-    pub vsock: MmioState<VsockState>,
+    pub(super) vsock: MmioState<VsockState>,
     /// The entropy device's.
-    pub entropy: MmioState<EntropyState>,
+    pub(super) entropy: MmioState<EntropyState>,
     /// The console's.
-    pub serial: SerialState,
+    pub(super) serial: SerialState,
 }
 
 /// The devices of one machine.
-pub struct Devices {
+pub(super) struct Devices {
     block: Arc<MmioTransport<Block, GuestMemory>>,
     vsock: Arc<MmioTransport<Vsock, GuestMemory>>,
     entropy: Arc<MmioTransport<Entropy, GuestMemory>>,
@@ -78,8 +78,12 @@ impl Devices {
     /// Devices that go on where `state` was saved. They are paused.
     pub(super) fn restore(parts: Parts<'_>, state: &DevicesState) -> Result<Devices, RestoreError> {
         let memory = Arc::new(parts.memory.clone());
-        let block =
-            MmioTransport::restore(parts.block(), Arc::clone(&memory), parts.line(Slot::Block), &state.block)?;
+        let block = MmioTransport::restore(
+            parts.block(),
+            Arc::clone(&memory),
+            parts.line(Slot::Block),
+            &state.block,
+        )?;
         let vsock = MmioTransport::restore((), Arc::clone(&memory), parts.line(Slot::Vsock), &state.vsock)?;
         let entropy = MmioTransport::restore((), memory, parts.line(Slot::Entropy), &state.entropy)?;
         let line = Arc::new(Line::new(parts.irqchip, SERIAL_PIN));

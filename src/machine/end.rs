@@ -75,7 +75,8 @@ mod tests {
         for i in 0..40 {
             writeln!(console, "line {i}\r").unwrap();
         }
-        writeln!(console, "[    1.0] Kernel panic - not syncing: Attempted to kill init!\r\nRebooting\r").unwrap();
+        writeln!(console, "[    1.0] Kernel panic - not syncing: Attempted to kill init!\r\nRebooting\r")
+            .unwrap();
         let end = MachineEnd::new(EndKind::Reset, "triple fault".into(), &console);
         assert_eq!(end.kind, EndKind::Panic);
         assert_eq!(end.to_string(), "The guest kernel panicked: Attempted to kill init!");
@@ -88,6 +89,9 @@ mod tests {
         let console = ConsoleLog::new();
         let end = MachineEnd::new(EndKind::Reset, "#PF, then #DF".into(), &console);
         assert_eq!(end.to_string(), "The guest reset itself: #PF, then #DF");
-        assert_eq!(MachineEnd::new(EndKind::Killed, String::new(), &console).to_string(), "The sandbox was killed");
+        assert_eq!(
+            MachineEnd::new(EndKind::Killed, String::new(), &console).to_string(),
+            "The sandbox was killed"
+        );
     }
 }

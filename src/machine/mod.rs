@@ -10,7 +10,7 @@
 //! - [`ram`]: guest memory, its lazy filling and its page flags.
 //! - [`irq`]: local APIC, I/O APIC, interval timer. [`clock`]: guest time, TSC, kvm-clock.
 //! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; `bus`: what a CPU reaches.
-//! - `boot`: loading a kernel; `run`: the CPU's thread; `devices`: who is in which slot; `end`: how it ends.
+//! - `snapshot`: taking and restoring snapshots. `boot`: loading a kernel; `run`: the CPU's thread; `devices`: who is in which slot; `end`: how it ends.
 
 mod boot;
 mod bus;
@@ -21,6 +21,7 @@ pub mod irq;
 pub mod platform;
 pub mod ram;
 mod run;
+mod snapshot;
 pub mod soft;
 pub mod vcpu;
 
@@ -28,6 +29,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
+
+use amber_layers::{NewSnapshot, Snapshot, Store};
 
 use self::boot::BootError;
 use self::clock::Clock;
@@ -37,13 +41,14 @@ use self::platform::MemoryMap;
 use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
+use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, refuse};
 use self::vcpu::{Backend, BackendKind, Counters};
-use crate::devices::disk::Overlay;
+use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
 use crate::devices::vsock::VsockConnector;
 
-pub use self::devices::DevicesState;
 pub use self::end::{EndKind, MachineEnd};
+pub use self::snapshot::{Captured, DiskStorage, SnapshotError};
 
 /// A machine cannot be made, or cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -82,12 +87,24 @@ pub enum MachineError {
     /// No random numbers.
     #[error("Cannot get random numbers from the host")]
     Random(#[source] std::io::Error),
+    /// The root file system cannot be read.
+    #[error("Cannot read the root file system {path}")]
+    Rootfs {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A snapshot cannot be taken or restored.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// It has ended.
     #[error("The machine has ended: {0}")]
     Ended(MachineEnd),
 }
 
 /// What a machine boots.
+#[derive(Debug, Clone)]
 pub struct BootConfig {
     /// Bytes of RAM.
     pub ram: u64,
@@ -97,8 +114,17 @@ pub struct BootConfig {
     pub init: String,
     /// More kernel parameters.
     pub parameters: String,
-    /// The root disk.
-    pub disk: Overlay,
+    /// The root file system: an image of a disk, not changed. Its size is a multiple of 4096.
+    pub rootfs: PathBuf,
+    /// Where the disk keeps what the guest writes.
+    pub storage: DiskStorage,
+}
+
+/// How a machine is restored.
+#[derive(Debug, Clone)]
+pub struct RestoreConfig {
+    /// Where the disk keeps what the guest writes.
+    pub storage: DiskStorage,
 }
 
 /// Numbers about a machine, for those who look for trouble.
@@ -110,6 +136,8 @@ pub struct Diagnostics {
     pub wakeups: u64,
     /// Guest time in nanoseconds.
     pub guest_ns: u64,
+    /// Guest time at which a timer fires next.
+    pub next_timer_ns: Option<u64>,
     /// Pages that differ from the base image.
     pub dirty_pages: u64,
     /// Pages that were never touched.
@@ -128,6 +156,8 @@ struct Handle {
     core: Arc<Core>,
     thread: Mutex<Option<JoinHandle<()>>>,
     connector: VsockConnector,
+    /// What the next capture is compared with; its lock is held for the length of a capture.
+    lineage: Mutex<Option<Lineage>>,
     backend: BackendKind,
     ram: u64,
 }
@@ -146,6 +176,10 @@ impl Handle {
         if let Some(thread) = thread.take_if(|t| t.thread().id() != std::thread::current().id()) {
             // The thread catches panics; what it had to say is in the machine's end.
             let _ = thread.join();
+        }
+        // What the images hold of memory and locks goes too, unless a capture is being written: then with the handle.
+        if let Ok(mut lineage) = self.lineage.try_lock() {
+            *lineage = None;
         }
     }
 }
@@ -176,11 +210,74 @@ impl Machine {
         let mut vcpu = backend.create_vcpu(&ram).map_err(cpu_error)?;
         vcpu.set_state(&state).map_err(cpu_error)?;
         let (irqchip, console) = (Arc::new(Irqchip::new()), ConsoleLog::new());
-        let devices =
-            Devices::new(Parts { memory, irqchip: &irqchip, disk: config.disk, console: console.clone() });
-        let guts =
-            Guts { ram, vcpu, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
-        Self::assemble(guts, irqchip, Clock::new(map), console, backend.kind())
+        let unreadable = |source| MachineError::Rootfs { path: config.rootfs.clone(), source };
+        let base = Arc::new(RawImage::open(&config.rootfs).map_err(unreadable)?);
+        let bytes = base.len();
+        if bytes == 0 || !bytes.is_multiple_of(platform::PAGE_SIZE) {
+            let size = format!("Its size is {bytes} bytes, not a multiple of 4096");
+            return Err(unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, size)));
+        }
+        let disk = config.storage.overlay(base)?;
+        let parent = DiskParent::file(&config.rootfs).map_err(unreadable)?;
+        let devices = Devices::new(Parts { memory, irqchip: &irqchip, disk, console: console.clone() });
+        let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
+        let lineage = Lineage { memory: None, disk: parent, storage: config.storage };
+        Self::assemble(guts, irqchip, Clock::new(map), console, lineage, backend.kind())
+    }
+
+    /// A copy of the machine in a snapshot, paused. None of its memory or disk is read yet.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the snapshot or the host.
+    pub fn restore(
+        snapshot: &Arc<Snapshot>,
+        config: RestoreConfig,
+        backend: &dyn Backend,
+    ) -> Result<Machine, MachineError> {
+        let state = MachineState::read(snapshot)?;
+        let map = MemoryMap::new(state.ram).ok_or(MachineError::RamSize { bytes: state.ram })?;
+        let ram = Arc::new(Ram::restore(map, Arc::new(MemorySource(Arc::clone(snapshot))))?);
+        let memory = memory_of(&ram)?;
+        let clock = Clock::restore(map, &state.clock).map_err(refuse::clock)?;
+        if let Some(page) = clock.system_time_page() {
+            ram.write(page.address, &page.bytes).map_err(refuse::clock)?;
+        }
+        let irqchip = Irqchip::restore(&state.irqchip, state.clock.guest_ns).map_err(refuse::irqchip)?;
+        let (irqchip, console) = (Arc::new(irqchip), ConsoleLog::new());
+        let disk = config.storage.overlay(Arc::new(DiskBase(Arc::clone(snapshot.disk()))))?;
+        let parts = Parts { memory, irqchip: &irqchip, disk, console: console.clone() };
+        let devices = Devices::restore(parts, &state.devices).map_err(refuse::device)?;
+        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
+        let mut vcpu = backend.create_vcpu(&ram).map_err(cpu_error)?;
+        vcpu.set_state(&state.cpu).map_err(refuse::cpu)?;
+        let halted = state.cpu.halted;
+        let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted, unknown_msrs: Vec::new() };
+        let lineage = Lineage {
+            memory: Some(Arc::clone(snapshot.memory())),
+            disk: DiskParent::Image(Arc::clone(snapshot.disk())),
+            storage: config.storage,
+        };
+        Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
+    }
+
+    /// Takes a snapshot and publishes it. The machine stands still only while its registers and the pages that changed
+    /// are copied; it runs on while this call compresses and writes. Captures of one machine take turns.
+    ///
+    /// # Errors
+    /// It has ended, or the snapshot cannot be written: then nothing is published and nothing is lost.
+    pub fn capture(&self, store: &Arc<Store>, new: NewSnapshot) -> Result<Captured, MachineError> {
+        let core = &self.0.core;
+        let mut lineage = self.0.lineage.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(lineage) = lineage.as_mut() else { return Err(self.ended_error()) };
+        let started = Instant::now();
+        let mut held = core.hold().ok_or_else(|| self.ended_error())?;
+        let Some(guts) = held.guts() else { return Err(self.ended_error()) };
+        let clock = core.clock.state();
+        let irqchip = core.irqchip.state(clock.guest_ns);
+        let mut capture = Capture::take(guts, clock, irqchip, &lineage.storage, started)?;
+        drop(held);
+        capture.pause = started.elapsed();
+        Ok(capture.publish(lineage, store, new)?)
     }
 
     fn assemble(
@@ -188,6 +285,7 @@ impl Machine {
         irqchip: Arc<Irqchip>,
         clock: Clock,
         console: ConsoleLog,
+        lineage: Lineage,
         backend: BackendKind,
     ) -> Result<Machine, MachineError> {
         let connector = guts.devices.connector();
@@ -195,7 +293,8 @@ impl Machine {
         let (core, thread) =
             Core::spawn(guts, irqchip, Arc::new(clock), console).map_err(MachineError::Thread)?;
         let thread = Mutex::new(Some(thread));
-        Ok(Machine(Arc::new(Handle { core, thread, connector, backend, ram })))
+        let lineage = Mutex::new(Some(lineage));
+        Ok(Machine(Arc::new(Handle { core, thread, connector, lineage, backend, ram })))
     }
 
     /// Which kind of CPU it has.
@@ -243,6 +342,7 @@ impl Machine {
     pub fn diagnostics(&self) -> Diagnostics {
         let core = &self.0.core;
         let mut diagnostics = Diagnostics { guest_ns: core.clock.now(), ..Diagnostics::default() };
+        diagnostics.next_timer_ns = core.irqchip.deadline();
         if let Some(mut held) = core.hold()
             && let Some(guts) = held.guts()
         {

@@ -232,11 +232,6 @@ impl Core {
         (lock(&self.counters).clone(), self.wakeups.load(Ordering::Relaxed))
     }
 
-    /// The parts without parking the CPU; `None` while it runs or after it ended.
-    pub(super) fn try_guts(&self) -> Option<MutexGuard<'_, Option<Guts>>> {
-        self.guts.try_lock().ok()
-    }
-
     fn main(&self) {
         let end = catch_unwind(AssertUnwindSafe(|| self.serve())).unwrap_or_else(|panic| {
             let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());

@@ -299,7 +299,7 @@ impl Lapic {
     /// Nanoseconds per count: the divide configuration's bits 0, 1 and 3 encode 2, 4, ... 128, 1.
     fn divider(&self) -> u64 {
         let code = self.regs[reg::TDCR];
-        1 << (((code & 3) | (code & 8) >> 1) + 1 & 7)
+        1 << ((((code & 3) | (code & 8) >> 1) + 1) & 7)
     }
 
     fn period(&self, count: u64) -> u64 {

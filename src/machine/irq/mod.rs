@@ -100,8 +100,10 @@ impl Irqchip {
         Ok(irqchip)
     }
 
-    /// The state to save, at guest time `now`.
+    /// The state to save, at guest time `now`. Timers that are due fire first: a count that has run out looks like one
+    /// that never ran.
     pub fn state(&self, now: u64) -> IrqchipState {
+        self.expire(now);
         let chips = self.lock();
         IrqchipState { lapic: chips.lapic.state(now), ioapic: chips.ioapic.state(), pit: chips.pit.state() }
     }
@@ -294,6 +296,21 @@ mod tests {
         chip.expire(10_000_150);
         assert_eq!(chip.acknowledge(), Some(0x30));
         assert_eq!(chip.deadline(), Some(20_000_300));
+        // Both go on after a restore: the interval timer's is earlier.
+        let restored = Irqchip::restore(&chip.state(15_000_000), 15_000_000).unwrap();
+        assert_eq!(restored.deadline(), Some(20_000_300));
+        restored.write_pit(0x43, 0x30, 15_000_000);
+        assert_eq!(restored.deadline(), Some(50_000_000));
+    }
+
+    #[test]
+    fn a_timer_that_is_due_when_saved_is_not_lost() {
+        let chip = Irqchip::new();
+        chip.write_lapic(0xf0, 0x1ff, 0);
+        chip.write_lapic(0x320, 0xec, 0);
+        chip.write_lapic(0x380, 1000, 0);
+        let restored = Irqchip::restore(&chip.state(1_000_000), 1_000_000).unwrap();
+        assert_eq!(restored.acknowledge(), Some(0xec));
     }
 
     #[test]

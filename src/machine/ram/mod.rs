@@ -126,12 +126,15 @@ impl Ram {
 
     fn build(map: MemoryMap, source: Option<Arc<dyn PageSource>>) -> Result<Ram, RamError> {
         let failed = |e: rustix::io::Errno| RamError::Map { bytes: map.bytes(), source: e.into() };
-        let len = usize::try_from(map.bytes())
-            .map_err(|_| RamError::Map { bytes: map.bytes(), source: std::io::ErrorKind::OutOfMemory.into() })?;
+        let len = usize::try_from(map.bytes()).map_err(|_| RamError::Map {
+            bytes: map.bytes(),
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new anonymous mapping at an address of the host's choice touches nothing that exists.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE | MapFlags::NORESERVE) }
-            .map_err(failed)?;
+        let start =
+            unsafe { mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE | MapFlags::NORESERVE) }
+                .map_err(failed)?;
         let start = NonNull::new(start.cast::<u8>()).ok_or(failed(rustix::io::Errno::NOMEM))?;
         let mapping = Mapping { start, len };
 
@@ -355,10 +358,10 @@ fn merge_runs(runs: &[(u64, u64)]) -> Vec<(u64, u64)> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
     use std::fs::File;
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
-    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
 

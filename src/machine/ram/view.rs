@@ -10,8 +10,8 @@ use amber_x86::GuestRam;
 use vm_memory::bitmap::{BS, Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::guest_memory::Result;
 use vm_memory::{
-    AtomicAccess, Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestRegionCollection, GuestUsize,
-    MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile,
+    AtomicAccess, Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestRegionCollection,
+    GuestUsize, MemoryRegionAddress, ReadVolatile, VolatileSlice, WriteVolatile,
 };
 
 use super::Ram;

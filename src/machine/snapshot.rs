@@ -1,0 +1,447 @@
+//! A machine as a snapshot, and back.
+//!
+//! The state sections are CBOR, one per part, each with a version of its own; SNAPSHOT.md lists them. Everything that comes
+//! back is untrusted: each part checks its own, and nothing runs before all of them agreed.
+//!
+//! A capture stops the machine only to copy registers and the pages that changed; compressing and writing happen
+//! behind the running guest. The pages captured are clean from then on and the snapshot's memory is what the next
+//! capture is compared with, so that a second snapshot stores what changed since the first. If writing fails, the
+//! pages are dirty again and nothing is lost.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amber_layers::{
+    CaptureStats, FRAME_PAGES, FormatError, Image, NewSnapshot, PAGE_SIZE, Page, PageKind, SectionId,
+    Snapshot, SnapshotMeta, Store, StoreError,
+};
+use amber_x86::state::CpuState;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::clock::ClockState;
+use super::devices::DevicesState;
+use super::irq::IrqchipState;
+use super::platform;
+use super::ram::{PageSource, Ram};
+use super::run::Guts;
+use crate::devices::disk::{BLOCK_SIZE, Base, FrozenDisk, Overlay, Storage};
+
+const _: () = assert!(BLOCK_SIZE == PAGE_SIZE && PAGE_SIZE as u64 == platform::PAGE_SIZE);
+
+/// A section of machine state: number, newest version, name.
+struct Kind(SectionId, u16, &'static str);
+
+const PLATFORM: Kind = Kind(SectionId(0x100), 1, "platform");
+const CPU: Kind = Kind(SectionId(0x101), 1, "CPU");
+const IRQCHIP: Kind = Kind(SectionId(0x102), 1, "interrupt controller");
+const CLOCK: Kind = Kind(SectionId(0x103), 1, "clock");
+const BLOCK: Kind = Kind(SectionId(0x104), 1, "block device");
+const VSOCK: Kind = Kind(SectionId(0x105), 1, "vsock device");
+const ENTROPY: Kind = Kind(SectionId(0x106), 1, "entropy device");
+const SERIAL: Kind = Kind(SectionId(0x107), 1, "serial device");
+const KNOWN: [&Kind; 8] = [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL];
+
+/// A snapshot cannot be restored, or one cannot be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It has sections that this version does not know.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// It was taken on a newer platform.
+    #[error(
+        "The snapshot is of platform version {found}, this version of Amberbox knows {known}. Update Amberbox"
+    )]
+    NewerPlatform {
+        /// The snapshot's.
+        found: u16,
+        /// Ours.
+        known: u16,
+    },
+    /// A section is not there.
+    #[error("The snapshot has no {0} state")]
+    Missing(&'static str),
+    /// A section holds what no machine can have.
+    #[error("The snapshot's {section} state is damaged: {reason}")]
+    Invalid {
+        /// Which section.
+        section: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The disk's private part cannot be kept.
+    #[error("Cannot create storage for the sandbox's disk in {}", .dir.display())]
+    Disk {
+        /// Where.
+        dir: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The store cannot take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What a snapshot says of the platform.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct PlatformState {
+    version: u16,
+    ram: u64,
+}
+
+/// All of a machine's state but memory and disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MachineState {
+    pub(super) ram: u64,
+    pub(super) cpu: CpuState,
+    pub(super) irqchip: IrqchipState,
+    pub(super) clock: ClockState,
+    pub(super) devices: DevicesState,
+}
+
+impl MachineState {
+    /// The sections to store.
+    fn sections(&self) -> Result<Vec<(&'static Kind, Vec<u8>)>, SnapshotError> {
+        let platform = PlatformState { version: platform::VERSION, ram: self.ram };
+        Ok(vec![
+            encode(&PLATFORM, &platform)?,
+            encode(&CPU, &self.cpu)?,
+            encode(&IRQCHIP, &self.irqchip)?,
+            encode(&CLOCK, &self.clock)?,
+            encode(&BLOCK, &self.devices.block)?,
+            encode(&VSOCK, &self.devices.vsock)?,
+            encode(&ENTROPY, &self.devices.entropy)?,
+            encode(&SERIAL, &self.devices.serial)?,
+        ])
+    }
+
+    /// Reads the sections of a snapshot. What they say has still to be checked by those whom it concerns.
+    pub(super) fn read(snapshot: &Snapshot) -> Result<MachineState, SnapshotError> {
+        let known: Vec<(SectionId, u16)> = KNOWN.iter().map(|kind| (kind.0, kind.1)).collect();
+        snapshot.check_sections(&known)?;
+        let platform: PlatformState = decode(snapshot, &PLATFORM)?;
+        if platform.version > platform::VERSION {
+            return Err(SnapshotError::NewerPlatform { found: platform.version, known: platform::VERSION });
+        }
+        if Some(platform.ram) != snapshot.memory().pages().checked_mul(platform::PAGE_SIZE) {
+            return Err(invalid(&PLATFORM, "its RAM is not that of the memory image"));
+        }
+        Ok(MachineState {
+            ram: platform.ram,
+            cpu: decode(snapshot, &CPU)?,
+            irqchip: decode(snapshot, &IRQCHIP)?,
+            clock: decode(snapshot, &CLOCK)?,
+            devices: DevicesState {
+                block: decode(snapshot, &BLOCK)?,
+                vsock: decode(snapshot, &VSOCK)?,
+                entropy: decode(snapshot, &ENTROPY)?,
+                serial: decode(snapshot, &SERIAL)?,
+            },
+        })
+    }
+}
+
+fn encode<T: Serialize>(kind: &'static Kind, state: &T) -> Result<(&'static Kind, Vec<u8>), SnapshotError> {
+    let mut bytes = Vec::new();
+    ciborium::into_writer(state, &mut bytes).map_err(|e| invalid(kind, e))?;
+    Ok((kind, bytes))
+}
+
+fn decode<T: DeserializeOwned>(snapshot: &Snapshot, kind: &Kind) -> Result<T, SnapshotError> {
+    let section = snapshot.section(kind.0).ok_or(SnapshotError::Missing(kind.2))?;
+    let mut rest = section.bytes.as_slice();
+    let state = ciborium::from_reader(&mut rest).map_err(|e| invalid(kind, e))?;
+    if rest.is_empty() { Ok(state) } else { Err(invalid(kind, "bytes are left over")) }
+}
+
+fn invalid(kind: &Kind, reason: impl ToString) -> SnapshotError {
+    SnapshotError::Invalid { section: kind.2, reason: reason.to_string() }
+}
+
+/// Turns a part's complaint about its state into ours.
+pub(super) mod refuse {
+    use super::{CLOCK, CPU, IRQCHIP, Kind, SnapshotError, invalid};
+
+    fn by(kind: &'static Kind, reason: impl ToString) -> SnapshotError {
+        invalid(kind, reason)
+    }
+    pub(in crate::machine) fn cpu(reason: impl ToString) -> SnapshotError {
+        by(&CPU, reason)
+    }
+    pub(in crate::machine) fn irqchip(reason: impl ToString) -> SnapshotError {
+        by(&IRQCHIP, reason)
+    }
+    pub(in crate::machine) fn clock(reason: impl ToString) -> SnapshotError {
+        by(&CLOCK, reason)
+    }
+    pub(in crate::machine) fn device(reason: impl ToString) -> SnapshotError {
+        SnapshotError::Invalid { section: "device", reason: reason.to_string() }
+    }
+}
+
+/// The memory image of a snapshot, which stays open as long as RAM needs it.
+pub(super) struct MemorySource(pub(super) Arc<Snapshot>);
+
+impl PageSource for MemorySource {
+    fn pages(&self) -> u64 {
+        self.0.memory().pages()
+    }
+
+    fn backing(&self) -> BorrowedFd<'_> {
+        self.0.memory().backing()
+    }
+
+    fn data_runs(&self) -> Vec<(u64, u64)> {
+        let data = |(range, kind)| (kind == PageKind::Data).then_some(range);
+        self.0.memory().extents().filter_map(data).map(|range| (range.first, range.count)).collect()
+    }
+
+    fn ensure(&self, page: u64) -> Result<Range<u64>, String> {
+        let image = self.0.memory();
+        image.ensure(page, 1).map_err(|e| e.to_string())?;
+        // A frame holds up to FRAME_PAGES pages, mostly neighbours; those that are there need not be asked for again.
+        let reach = FRAME_PAGES as u64;
+        let (low, high) = (page.saturating_sub(reach), (page + reach).min(image.pages()));
+        let first = (low..page).rev().take_while(|p| image.is_present(*p)).last().unwrap_or(page);
+        let last = (page + 1..high).take_while(|p| image.is_present(*p)).last().unwrap_or(page);
+        Ok(first..last + 1)
+    }
+}
+
+/// A disk image under a machine's overlay.
+pub(super) struct DiskBase(pub(super) Arc<Image>);
+
+impl Base for DiskBase {
+    fn len(&self) -> u64 {
+        self.0.pages() * PAGE_SIZE as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let Some(last) = (buf.len() as u64).checked_sub(1).map(|n| offset.saturating_add(n)) else {
+            return Ok(());
+        };
+        let (first, last) = (offset / PAGE_SIZE as u64, last / PAGE_SIZE as u64);
+        self.0.ensure(first, last - first + 1).map_err(io::Error::other)?;
+        let (mut offset, mut buf) = (offset, buf);
+        while !buf.is_empty() {
+            match rustix::io::pread(self.0.backing(), &mut *buf, offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    offset += n as u64;
+                    buf = &mut buf[n..];
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where a machine's disk keeps what it wrote: files in a directory, or anonymous memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskStorage {
+    /// Unlinked files in this directory.
+    Directory(PathBuf),
+    /// Memory.
+    Memory,
+}
+
+impl DiskStorage {
+    fn storage(&self) -> Storage<'_> {
+        match self {
+            DiskStorage::Directory(dir) => Storage::Directory(dir),
+            DiskStorage::Memory => Storage::Memory,
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> SnapshotError {
+        let dir = match self {
+            DiskStorage::Directory(dir) => dir.clone(),
+            DiskStorage::Memory => "memory".into(),
+        };
+        SnapshotError::Disk { dir, source }
+    }
+
+    /// A fresh overlay over `base`.
+    pub(super) fn overlay(&self, base: Arc<dyn Base>) -> Result<Overlay, SnapshotError> {
+        let len = base.len();
+        Overlay::new(Some(base), len, self.storage()).map_err(|e| self.failed(e))
+    }
+
+    fn freeze(&self, disk: &Overlay) -> Result<FrozenDisk, SnapshotError> {
+        disk.freeze(self.storage()).map_err(|e| self.failed(e))
+    }
+}
+
+/// Pages copied out of a stopped machine.
+struct CopiedPages {
+    /// Ascending.
+    pages: Vec<u64>,
+    content: Vec<u8>,
+}
+
+impl CopiedPages {
+    fn new(ram: &Ram, pages: Vec<u64>) -> CopiedPages {
+        let mut content = vec![0; pages.len() * PAGE_SIZE];
+        for (page, out) in pages.iter().zip(content.as_chunks_mut::<PAGE_SIZE>().0) {
+            ram.copy_page(*page, out);
+        }
+        CopiedPages { pages, content }
+    }
+}
+
+impl amber_layers::PageSource for CopiedPages {
+    fn read(&self, page: u64, out: &mut Page) -> io::Result<()> {
+        let at = self.pages.binary_search(&page).map_err(|_| io::ErrorKind::NotFound)?;
+        out.copy_from_slice(&self.content[at * PAGE_SIZE..(at + 1) * PAGE_SIZE]);
+        Ok(())
+    }
+}
+
+/// The captured part of a disk.
+struct CopiedDisk(FrozenDisk);
+
+impl amber_layers::PageSource for CopiedDisk {
+    fn read(&self, page: u64, out: &mut Page) -> io::Result<()> {
+        self.0.read_block(page, out)
+    }
+}
+
+/// What is under a disk's overlay, for captures.
+pub(super) enum DiskParent {
+    /// An image: only what the overlay owns has to be stored.
+    Image(Arc<Image>),
+    /// A plain file, of which these blocks hold data (first, count): they have to be stored too.
+    File(Vec<(u64, u64)>),
+}
+
+impl DiskParent {
+    /// A plain file. File systems that know no holes say that all of it is data.
+    pub(super) fn file(path: &Path) -> io::Result<DiskParent> {
+        let file = File::open(path)?;
+        let len = file.metadata()?.len();
+        let (mut runs, mut at) = (Vec::new(), 0);
+        while at < len {
+            let start = match seek(&file, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => break,
+                Err(e) => return Err(e.into()),
+            };
+            at = seek(&file, SeekFrom::Hole(start))?;
+            let first = start / PAGE_SIZE as u64;
+            runs.push((first, at.div_ceil(PAGE_SIZE as u64) - first));
+        }
+        Ok(DiskParent::File(runs))
+    }
+}
+
+/// What a machine's next capture is compared with.
+pub(super) struct Lineage {
+    /// The memory image that clean pages equal, or zeros.
+    pub(super) memory: Option<Arc<Image>>,
+    /// What is under the disk's overlay.
+    pub(super) disk: DiskParent,
+    pub(super) storage: DiskStorage,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone)]
+pub struct Captured {
+    /// What was published.
+    pub meta: SnapshotMeta,
+    /// How long the machine stood still.
+    pub pause: Duration,
+    /// How long it took all in all.
+    pub total: Duration,
+    /// What became of the dirty pages of memory.
+    pub memory: CaptureStats,
+    /// What became of the dirty blocks of the disk.
+    pub disk: CaptureStats,
+}
+
+/// A machine's content at one moment, copied out of it.
+pub(super) struct Capture {
+    state: MachineState,
+    memory: CopiedPages,
+    disk: CopiedDisk,
+    ram: Arc<Ram>,
+    started: Instant,
+    pub(super) pause: Duration,
+}
+
+impl Capture {
+    /// Copies a stopped machine. Its memory is clean afterwards: publish, or [`abandon`](Self::abandon).
+    pub(super) fn take(
+        guts: &mut Guts,
+        clock: ClockState,
+        irqchip: IrqchipState,
+        storage: &DiskStorage,
+        started: Instant,
+    ) -> Result<Capture, SnapshotError> {
+        let disk = storage.freeze(guts.devices.disk())?;
+        let mut cpu = guts.vcpu.state();
+        cpu.halted |= guts.halted;
+        let devices = guts.devices.state();
+        let state = MachineState { ram: guts.ram.map().bytes(), cpu, irqchip, clock, devices };
+        let dirty = guts.ram.take_dirty();
+        guts.vcpu.forget_dirty();
+        let memory = CopiedPages::new(&guts.ram, dirty);
+        let ram = Arc::clone(&guts.ram);
+        Ok(Capture { state, memory, disk: CopiedDisk(disk), ram, started, pause: Duration::ZERO })
+    }
+
+    /// Writes the capture to a store. Afterwards `lineage` is that of the snapshot; if it fails, that of before.
+    pub(super) fn publish(
+        self,
+        lineage: &mut Lineage,
+        store: &Arc<Store>,
+        new: NewSnapshot,
+    ) -> Result<Captured, SnapshotError> {
+        let result = self.write(lineage, store, new);
+        if result.is_err() {
+            self.ram.restore_dirty(&self.memory.pages);
+        }
+        result
+    }
+
+    fn write(
+        &self,
+        lineage: &mut Lineage,
+        store: &Arc<Store>,
+        mut new: NewSnapshot,
+    ) -> Result<Captured, SnapshotError> {
+        let mut writer = store.writer();
+        let pages = self.ram.map().pages();
+        let dirty = self.memory.pages.iter().copied();
+        let memory = writer.memory(lineage.memory.as_deref(), pages, dirty, &self.memory)?;
+        let blocks = self.disk.0.blocks();
+        let runs = self.disk.0.dirty();
+        let owned = runs.iter().flat_map(|run| run.first..run.first + run.count);
+        let (parent, data) = match &lineage.disk {
+            DiskParent::Image(image) => (Some(&**image), &[][..]),
+            DiskParent::File(data) => (None, data.as_slice()),
+        };
+        let dirty = data.iter().flat_map(|(first, count)| *first..first + count).chain(owned);
+        let disk = writer.disk(parent, blocks, dirty, &self.disk)?;
+        for (kind, bytes) in self.state.sections()? {
+            writer.section(kind.0, kind.1, true, bytes)?;
+        }
+        new.platform = u32::from(platform::VERSION);
+        let meta = writer.publish(new)?;
+        // The images only, not the snapshot: its source does not keep it from being deleted.
+        let snapshot = store.open_tagged(&meta.id, &meta.tag)?;
+        lineage.memory = Some(Arc::clone(snapshot.memory()));
+        if matches!(lineage.disk, DiskParent::File(_)) {
+            lineage.disk = DiskParent::Image(Arc::clone(snapshot.disk()));
+        }
+        Ok(Captured { meta, pause: self.pause, total: self.started.elapsed(), memory, disk })
+    }
+}
