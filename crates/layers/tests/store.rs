@@ -91,6 +91,17 @@ fn a_snapshot_comes_back_whole() {
 }
 
 #[test]
+fn everything_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<Store>();
+    shared::<amber_layers::Snapshot>();
+    shared::<Image>();
+    shared::<StoreError>();
+    sent::<amber_layers::SnapshotWriter>();
+}
+
+#[test]
 fn zero_pages_are_holes_of_the_memory_file() {
     use rustix::fs::fstat;
     let dir = tempfile::tempdir().unwrap();
