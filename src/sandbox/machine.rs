@@ -5,22 +5,32 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use amber_layers::{NewSnapshot, Snapshot, SnapshotMeta, Store};
+use amber_layers::{NewSnapshot, Snapshot, SnapshotMeta, Store, StoreError};
 
+use super::stores::with_causes;
 use super::vm::{Facts, Vm};
 use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
-use crate::devices::disk::{Base, Overlay, RawImage, Storage};
 use crate::devices::vsock::VsockConnector;
 use crate::machine::soft::Soft;
-use crate::machine::{BootConfig, EndKind, Machine, MachineEnd, MachineError};
+use crate::machine::{BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError};
 
 /// The guest's first program.
 const INIT: &str = "/sbin/amberbox-agent";
 
 impl From<MachineError> for Error {
     fn from(error: MachineError) -> Self {
-        Self::Machine(super::stores::with_causes(&error))
+        match error {
+            MachineError::Ended(end) => Self::from(&ended(end)),
+            MachineError::Snapshot(SnapshotError::Format(error)) => StoreError::from(error).into(),
+            MachineError::Snapshot(SnapshotError::Store(error)) => error.into(),
+            MachineError::Snapshot(error @ SnapshotError::NewerPlatform { .. }) => {
+                Self::SnapshotVersion(with_causes(&error))
+            }
+            MachineError::Snapshot(error @ SnapshotError::Disk { .. }) => Self::Store(with_causes(&error)),
+            MachineError::Snapshot(error) => Self::SnapshotCorrupt(with_causes(&error)),
+            other => Self::Machine(with_causes(&other)),
+        }
     }
 }
 
@@ -73,33 +83,31 @@ impl Vm for MachineVm {
         self.machine.console_tail()
     }
 
-    fn capture(&self, _store: &Arc<Store>, _snapshot: NewSnapshot) -> Result<SnapshotMeta, Error> {
-        Err(Error::Machine("Snapshots are not available yet".to_owned()))
+    fn capture(&self, store: &Arc<Store>, snapshot: NewSnapshot) -> Result<SnapshotMeta, Error> {
+        Ok(self.machine.capture(store, snapshot)?.meta)
     }
 }
 
-/// Restores the machine of a snapshot, and lets it run. Blocks.
-pub(super) fn restore(_snapshot: &Arc<Snapshot>) -> Result<Arc<dyn Vm>, Error> {
-    Err(Error::Machine("Snapshots are not available yet".to_owned()))
+/// Restores the machine of a snapshot, and lets it run. What its guest writes to the disk is kept in unlinked files in `dir`. Blocks.
+pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+    let config = RestoreConfig { storage: DiskStorage::Directory(dir.to_owned()) };
+    start(Machine::restore(snapshot, config, &Soft)?)
 }
 
-/// Boots a guest from a kernel and a root file system. Blocks until its CPU runs.
+/// Boots a guest from a kernel and a root file system. Blocks.
 pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<dyn Vm>, Error> {
-    let cannot =
-        |error| Error::Machine(format!("Cannot use the root file system {}: {error}", rootfs.display()));
-    let base = RawImage::open(rootfs).map_err(cannot)?;
-    let len = base.len();
-    let disk = Overlay::new(Some(Arc::new(base)), len, Storage::Memory).map_err(cannot)?;
-    let machine = Machine::boot(
-        BootConfig {
-            ram: u64::from(memory_mb) << 20,
-            kernel: kernel.to_owned(),
-            init: INIT.to_owned(),
-            parameters: String::new(),
-            disk,
-        },
-        &Soft,
-    )?;
+    let config = BootConfig {
+        ram: u64::from(memory_mb) << 20,
+        kernel: kernel.to_owned(),
+        init: INIT.to_owned(),
+        parameters: String::new(),
+        rootfs: rootfs.to_owned(),
+        storage: DiskStorage::Memory,
+    };
+    start(Machine::boot(config, &Soft)?)
+}
+
+fn start(machine: Machine) -> Result<Arc<dyn Vm>, Error> {
     machine.resume()?;
     Ok(Arc::new(MachineVm { machine }))
 }
