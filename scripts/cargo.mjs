@@ -53,8 +53,8 @@ const AGENT_TARGET = 'x86_64-unknown-linux-gnu'
 export async function buildAgent() {
   let binary
   await step('guest agent (cargo, static)', async (note) => {
-    const env = { ...process.env, RUSTFLAGS: '-C target-feature=+crt-static -C strip=symbols' }
-    const files = await build(['--release', '-p', 'amber-agent', '--bins', '--target', AGENT_TARGET], note, {
+    const env = { ...process.env, RUSTFLAGS: '-C target-feature=+crt-static' }
+    const files = await build(['--profile', 'agent', '-p', 'amber-agent', '--bins', '--target', AGENT_TARGET], note, {
       env,
     })
     binary = files.get('amber-agent')?.[0]
