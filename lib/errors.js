@@ -150,7 +150,8 @@ function fromNative(error) {
   const [, code, text, json] = match
   const details = json ? JSON.parse(json) : {}
   const Class = CLASS_OF_CODE[code] ?? SandboxError
-  const mapped = new Class(text, { cause: error, ...details })
+  // The native error says the same, and no more: it is not kept as the cause.
+  const mapped = new Class(text, details)
   mapped.code = code
   return mapped
 }

@@ -103,7 +103,7 @@ class Filesystem {
         return await reader.next()
       } catch (error) {
         reader.close()
-        throw fromNative(error)
+        throw signal?.aborted ? signal.reason : fromNative(error)
       }
     }
     if (format === 'stream') {

@@ -53,10 +53,14 @@ const AGENT_TARGET = 'x86_64-unknown-linux-gnu'
 export async function buildAgent() {
   let binary
   await step('guest agent (cargo, static)', async (note) => {
-    const env = { ...process.env, RUSTFLAGS: '-C target-feature=+crt-static -C strip=symbols' }
-    const files = await build(['--release', '-p', 'amber-agent', '--bins', '--target', AGENT_TARGET], note, {
-      env,
-    })
+    const env = { ...process.env, RUSTFLAGS: '-C target-feature=+crt-static -C relocation-model=static' }
+    const files = await build(
+      ['--profile', 'agent', '-p', 'amber-agent', '--bins', '--target', AGENT_TARGET],
+      note,
+      {
+        env,
+      },
+    )
     binary = files.get('amber-agent')?.[0]
     if (!binary) throw new ScriptError('cargo built no binary of the package amber-agent')
     return size(statSync(binary).size)

@@ -44,7 +44,7 @@ pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
         let store = stores::open(&places.home)?;
         let meta = template::resolve(&store, &places, &template)?;
         let snapshot = store.open_tagged(&meta.id, &meta.tag)?;
-        let vm = machine::restore(&snapshot)?;
+        let vm = machine::restore(&snapshot, store.dir())?;
         Ok((store, meta, Orphan::new(vm)))
     })
     .await?;

@@ -1,16 +1,113 @@
 //! The machine behind a sandbox: fits [`crate::machine`] to what the registry needs.
 
+use std::future::Future;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 
-use amber_layers::Snapshot;
+use amber_layers::{NewSnapshot, Snapshot, SnapshotMeta, Store, StoreError};
 
-use super::Error;
-use super::vm::Vm;
+use super::stores::with_causes;
+use super::vm::{Facts, Vm};
+use super::{Ended, Error};
+use crate::agent::{AsyncStream, Connect, Connecting};
+use crate::devices::vsock::VsockConnector;
+use crate::machine::soft::Soft;
+use crate::machine::{BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError};
 
-pub(super) fn restore(_snapshot: &Arc<Snapshot>) -> Result<Arc<dyn Vm>, Error> {
-    Err(Error::Machine("no machine".into()))
+/// The guest's first program.
+const INIT: &str = "/sbin/amberbox-agent";
+
+impl From<MachineError> for Error {
+    fn from(error: MachineError) -> Self {
+        match error {
+            MachineError::Ended(end) => Self::from(&ended(end)),
+            MachineError::Snapshot(SnapshotError::Format(error)) => StoreError::from(error).into(),
+            MachineError::Snapshot(SnapshotError::Store(error)) => error.into(),
+            MachineError::Snapshot(error @ SnapshotError::NewerPlatform { .. }) => {
+                Self::SnapshotVersion(with_causes(&error))
+            }
+            MachineError::Snapshot(error @ SnapshotError::Disk { .. }) => Self::Store(with_causes(&error)),
+            MachineError::Snapshot(error) => Self::SnapshotCorrupt(with_causes(&error)),
+            other => Self::Machine(with_causes(&other)),
+        }
+    }
 }
-pub(super) fn boot(_kernel: &Path, _rootfs: &Path, _memory_mb: u32) -> Result<Arc<dyn Vm>, Error> {
-    Err(Error::Machine("no machine".into()))
+
+/// What an end of the machine means for its sandbox.
+fn ended(end: MachineEnd) -> Ended {
+    match end.kind {
+        EndKind::Killed => Ended::Killed,
+        _ => Ended::Crashed { reason: end.to_string().into(), console: end.console.into() },
+    }
+}
+
+impl Connect for VsockConnector {
+    fn connect(&self, port: u32) -> Connecting {
+        let connector = self.clone();
+        Box::pin(async move {
+            let stream = VsockConnector::connect(&connector, port).await?;
+            Ok(Box::new(stream) as Box<dyn AsyncStream>)
+        })
+    }
+}
+
+struct MachineVm {
+    machine: Machine,
+}
+
+impl Vm for MachineVm {
+    fn connector(&self) -> Arc<dyn Connect> {
+        Arc::new(self.machine.vsock())
+    }
+
+    fn ended(&self) -> Pin<Box<dyn Future<Output = Ended> + Send>> {
+        let end = self.machine.ended();
+        Box::pin(async move { ended(end.await) })
+    }
+
+    fn kill(&self) {
+        self.machine.kill();
+    }
+
+    fn facts(&self) -> Facts {
+        Facts {
+            cpu_count: 1,
+            memory_mb: u32::try_from(self.machine.ram_bytes() >> 20).unwrap_or(u32::MAX),
+            backend: self.machine.backend().name(),
+            backend_reason: "the software CPU is the only backend of this version".to_owned(),
+        }
+    }
+
+    fn console(&self) -> String {
+        self.machine.console_tail()
+    }
+
+    fn capture(&self, store: &Arc<Store>, snapshot: NewSnapshot) -> Result<SnapshotMeta, Error> {
+        Ok(self.machine.capture(store, snapshot)?.meta)
+    }
+}
+
+/// Restores the machine of a snapshot, and lets it run. What its guest writes to the disk is kept in unlinked files in `dir`. Blocks.
+pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+    let config = RestoreConfig { storage: DiskStorage::Directory(dir.to_owned()) };
+    start(Machine::restore(snapshot, config, &Soft)?)
+}
+
+/// Boots a guest from a kernel and a root file system. Blocks.
+pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<dyn Vm>, Error> {
+    let config = BootConfig {
+        ram: u64::from(memory_mb) << 20,
+        kernel: kernel.to_owned(),
+        init: INIT.to_owned(),
+        parameters: String::new(),
+        rootfs: rootfs.to_owned(),
+        storage: DiskStorage::Memory,
+    };
+    start(Machine::boot(config, &Soft)?)
+}
+
+fn start(machine: Machine) -> Result<Arc<dyn Vm>, Error> {
+    machine.resume()?;
+    Ok(Arc::new(MachineVm { machine }))
 }

@@ -34,7 +34,7 @@ pub(super) fn open(home: &Path) -> Result<Arc<Store>, Error> {
 }
 
 /// The message with its causes, which the layers keep apart.
-fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+pub(super) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

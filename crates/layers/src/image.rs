@@ -100,7 +100,8 @@ impl Image {
     }
 
     /// The memory file: page `p` is at offset `p * PAGE_SIZE` once it was ensured. Its size is sealed. Map it private:
-    /// writing to it would change all sandboxes that share it.
+    /// writing to it would change all sandboxes that share it. Zero pages are holes; touching a hole through a
+    /// mapping makes the kernel allocate it, so where [`Image::is_zero`] says so anonymous memory is cheaper.
     pub fn backing(&self) -> BorrowedFd<'_> {
         self.memory.as_fd()
     }

@@ -15,6 +15,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use amber_layers::{ListFilter, NewSnapshot, Store, StoreError};
@@ -140,6 +141,41 @@ fn processes_and_threads_share_one_store() {
     for meta in store.list(&ListFilter::default()).unwrap() {
         assert!(store.delete(&meta.id).unwrap());
     }
+    assert_eq!(store.du().unwrap(), Default::default());
+}
+
+#[test]
+fn a_collector_at_work_never_takes_a_layer_that_is_being_published() {
+    let dir = tempfile::tempdir().unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..3u64)
+            .map(|writer| {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    let store = open(dir);
+                    for round in 0..60 {
+                        let seed = writer * 1000 + round;
+                        let pages = Pages::of([(0, noise(seed))]);
+                        let meta = publish(&store, None, 1, &pages, NewSnapshot::default()).unwrap();
+                        assert!(page(&store.open_snapshot(&meta.id).unwrap(), 0) == *noise(seed));
+                        assert!(store.delete(&meta.id).unwrap());
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let store = open(dir.path());
+            while !done.load(Ordering::Relaxed) {
+                store.gc().unwrap();
+            }
+        });
+        let results: Vec<_> = writers.into_iter().map(|w| w.join()).collect();
+        done.store(true, Ordering::Relaxed);
+        results.into_iter().for_each(|r| r.unwrap());
+    });
+    let store = open(dir.path());
+    assert_clean(&store);
     assert_eq!(store.du().unwrap(), Default::default());
 }
 

@@ -91,6 +91,17 @@ fn a_snapshot_comes_back_whole() {
 }
 
 #[test]
+fn everything_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn sent<T: Send>() {}
+    shared::<Store>();
+    shared::<amber_layers::Snapshot>();
+    shared::<Image>();
+    shared::<StoreError>();
+    sent::<amber_layers::SnapshotWriter>();
+}
+
+#[test]
 fn zero_pages_are_holes_of_the_memory_file() {
     use rustix::fs::fstat;
     let dir = tempfile::tempdir().unwrap();
@@ -308,6 +319,7 @@ fn a_damaged_neighbour_keeps_all_layers() {
     assert!(matches!(store.resolve(b.id.as_str()), Err(StoreError::Format(_))));
     assert!(store.delete(&a.id).unwrap());
     // Nobody can tell what the damaged one needs.
+    assert_eq!(files(dir.path()).iter().filter(|f| f.starts_with("layers/")).count(), 2);
     let kept = store.gc().unwrap();
     assert_eq!((kept.layers, kept.unreadable), (0, 1));
     assert_eq!(store.verify().unwrap().problems.len(), 1);

@@ -94,7 +94,8 @@ fn parse_groups(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
 
 /// The text of a file, as much as can be read.
 fn read(path: &Path) -> String {
-    let mut bytes = Vec::new();
+    // Room for an ordinary file, so that it takes one call to read.
+    let mut bytes = Vec::with_capacity(4096);
     // A FIFO in place of the file must not block process 1.
     if let Ok(file) = rustix::fs::open(
         path,
