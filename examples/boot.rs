@@ -6,6 +6,7 @@
 //!     [--store DIR [--capture SECONDS,SECONDS]]
 //! cargo run --release --example boot -- --store DIR --restore SNAPSHOT [--seconds N] ...
 //! ```
+//! With `--exec COMMAND` the guest's first program should be the agent: the command is run through it, in bash.
 //! With `--capture`, snapshots are taken into the store at these times.
 //! The root file system is not changed: writes go to a copy-on-write overlay in memory. The console goes to standard
 //! output, everything else to standard error. With `--sample`, the instruction pointer is sampled and
@@ -20,6 +21,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amber_layers::{NewSnapshot, Store};
+use amber_proto::{Exec, Identify};
+use amberbox::agent::{Agent, Event};
 use amberbox::machine::soft::Soft;
 use amberbox::machine::{BootConfig, DiskStorage, Machine, RestoreConfig};
 
@@ -36,6 +39,7 @@ struct Options {
     store: Option<PathBuf>,
     capture: Vec<Duration>,
     restore: Option<String>,
+    exec: Option<String>,
 }
 
 impl Options {
@@ -64,6 +68,7 @@ impl Options {
                 .map(|s| s.parse().map(Duration::from_secs_f64))
                 .collect::<Result<_, _>>()?,
             restore: take("restore"),
+            exec: take("exec"),
         };
         match values.keys().next() {
             Some(name) => Err(format!("Unknown option --{name}").into()),
@@ -107,6 +112,39 @@ impl Symbols {
     }
 }
 
+/// Runs a command through the guest's agent.
+fn exec(machine: &Machine, command: &str, started: Instant) -> Result<(), Box<dyn Error>> {
+    let note =
+        |text: String| writeln!(io::stderr(), "[{:9.1} ms] {text}", started.elapsed().as_secs_f64() * 1e3);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let agent = Agent::new(Arc::new(machine.vsock()));
+    runtime.block_on(async {
+        while let Err(e) = agent.info().await {
+            if machine.end().is_some() {
+                return Err(e.into());
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        note("agent answers".into())?;
+        let entropy = vec![started.elapsed().subsec_nanos() as u8; 64];
+        let identify = Identify { sandbox_id: "boot".into(), entropy, ..Identify::default() };
+        agent.identify(&identify).await?;
+        note("agent knows who it is".into())?;
+        let args = vec!["-c".to_owned(), command.to_owned()];
+        let exec = Exec { cmd: "/bin/bash".into(), args, ..Exec::default() };
+        let mut process = agent.exec(&exec).await?;
+        while let Some(event) = process.next().await? {
+            match event {
+                Event::Stdout(data) => note(format!("out: {}", String::from_utf8_lossy(&data).trim_end()))?,
+                Event::Stderr(data) => note(format!("err: {}", String::from_utf8_lossy(&data).trim_end()))?,
+                Event::End(exit) => note(format!("exit {exit:?}"))?,
+                _ => {}
+            }
+        }
+        Ok(())
+    })
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse()?;
     let symbols = options.symbols.as_ref().map(Symbols::load).transpose()?.unwrap_or_default();
@@ -135,6 +173,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     writeln!(err, "[guest time {} ns, next timer at {:?}]", d.guest_ns, d.next_timer_ns)?;
     machine.resume()?;
 
+    if let Some(command) = options.exec {
+        let machine = machine.clone();
+        std::thread::spawn(move || {
+            if let Err(e) = exec(&machine, &command, started) {
+                let _ = writeln!(io::stderr(), "[exec: {e}]");
+            }
+        });
+    }
     let mut profile: HashMap<String, u64> = HashMap::new();
     let mut captures = options.capture.into_iter().peekable();
     while machine.end().is_none() && started.elapsed() < options.limit {

@@ -242,28 +242,10 @@ mod tests {
     use super::*;
     use crate::machine::ram::Ram;
     use crate::machine::ram::view::view;
+    use crate::machine::tests::kernel;
 
-    /// An ELF file with one segment of 16 bytes at 16 MiB, which is also its entry.
     fn tiny_kernel() -> Vec<u8> {
-        let mut elf = Vec::new();
-        elf.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-        elf.extend(2u16.to_le_bytes()); // EXEC
-        elf.extend(62u16.to_le_bytes()); // x86-64
-        elf.extend(1u32.to_le_bytes());
-        elf.extend(0x100_0000u64.to_le_bytes()); // entry
-        elf.extend(64u64.to_le_bytes()); // program headers
-        elf.extend(0u64.to_le_bytes());
-        elf.extend(0u32.to_le_bytes());
-        for half in [64u16, 56, 1, 0, 0, 0] {
-            elf.extend(half.to_le_bytes());
-        }
-        elf.extend(1u32.to_le_bytes()); // LOAD
-        elf.extend(5u32.to_le_bytes());
-        for word in [120u64, 0xffff_ffff_8100_0000, 0x100_0000, 16, 4096, 4096] {
-            elf.extend(word.to_le_bytes());
-        }
-        elf.extend([0x90; 16]);
-        elf
+        kernel(&[0x90; 16])
     }
 
     fn machine() -> (GuestMemory, MemoryMap) {

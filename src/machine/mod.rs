@@ -24,6 +24,8 @@ pub mod ram;
 mod run;
 mod snapshot;
 pub mod soft;
+#[cfg(test)]
+mod tests;
 pub mod vcpu;
 
 use std::fmt;

@@ -1,0 +1,325 @@
+//! Whole machines with guests of a few instructions, on the software CPU.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amber_layers::{NewSnapshot, Page, SectionId, Snapshot, Store};
+use tempfile::TempDir;
+
+use super::soft::Soft;
+use super::*;
+
+/// Where the guests run and count.
+const CODE: u64 = 0x100_0000;
+const COUNTER: u64 = 0x120_0000;
+
+/// An ELF file with one segment at [`CODE`], which is also its entry.
+pub(super) fn kernel(code: &[u8]) -> Vec<u8> {
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    elf.extend([2, 0, 62, 0, 1, 0, 0, 0]); // An executable for x86-64.
+    elf.extend([CODE, 64, 0].iter().flat_map(|word| word.to_le_bytes()));
+    elf.extend([0u8; 4]);
+    elf.extend([64u16, 56, 1, 0, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
+    elf.extend([1u32, 5].iter().flat_map(|half| half.to_le_bytes())); // Load; read and execute.
+    let len = code.len() as u64;
+    elf.extend([120, CODE, CODE, len, len, 4096].iter().flat_map(|word| word.to_le_bytes()));
+    elf.extend(code);
+    elf
+}
+
+/// `out 0x3f8, 'A'; out 0x64, 0xfe`: says something and resets.
+const RESET: [u8; 12] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+/// `ud2` without an interrupt table.
+const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
+/// `cli; hlt`
+const POWER_OFF: [u8; 2] = [0xfa, 0xf4];
+/// `loop: inc qword [COUNTER]; jmp loop`
+const COUNT: [u8; 10] = [0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x01, 0xeb, 0xf6];
+
+/// Sleeps, and counts the ticks of a periodic timer of 1 ms.
+fn ticker() -> Vec<u8> {
+    let mut image = vec![0; 0xc10];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    let lapic = |register: u16, value: u32| {
+        [&[0xc7, 0x80][..], &u32::from(register).to_le_bytes(), &value.to_le_bytes()].concat()
+    };
+    let mut code = vec![0x0f, 0x01, 0x1c, 0x25, 0x00, 0x03, 0x00, 0x01]; // lidt [CODE + 0x300]
+    code.extend([0xb8, 0x00, 0x00, 0xe0, 0xfe]); // mov eax, LAPIC_BASE
+    code.extend(lapic(0xf0, 0x1ff)); // Enabled.
+    code.extend(lapic(0x3e0, 0xb)); // Divide by 1.
+    code.extend(lapic(0x320, 0x2_0040)); // Periodic, vector 0x40.
+    code.extend(lapic(0x380, 1_000_000));
+    code.extend([0xfb, 0xf4, 0xeb, 0xfd]); // sti; loop: hlt; jmp loop
+    put(0, &code);
+    let mut handler = COUNT[..8].to_vec();
+    handler.extend(lapic(0xb0, 0)); // End of interrupt.
+    handler.extend([0x48, 0xcf]); // iretq
+    put(0x200, &handler);
+    put(0x300, &[0xff, 0x0f]); // The table's limit and base.
+    put(0x302, &(CODE + 0x800).to_le_bytes());
+    // An interrupt gate to the handler.
+    let gate = (CODE + 0x200) & 0xffff | 0x10 << 16 | 0x8e << 40 | (CODE + 0x200) >> 16 << 48;
+    put(0x800 + 0x40 * 16, &gate.to_le_bytes());
+    image
+}
+
+struct Rig {
+    dir: TempDir,
+    store: Arc<Store>,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("rootfs"), vec![0x5a; 1 << 20]).unwrap();
+        let store = Arc::new(Store::open(&dir.path().join("store")).unwrap());
+        Rig { dir, store }
+    }
+
+    fn config(&self, code: &[u8]) -> BootConfig {
+        let path = |name: &str| -> PathBuf { self.dir.path().join(name) };
+        std::fs::write(path("kernel"), kernel(code)).unwrap();
+        BootConfig {
+            ram: 64 << 20,
+            kernel: path("kernel"),
+            init: "/init".into(),
+            parameters: String::new(),
+            rootfs: path("rootfs"),
+            storage: DiskStorage::Directory(self.dir.path().to_owned()),
+        }
+    }
+
+    fn boot(&self, code: &[u8]) -> Machine {
+        Machine::boot(self.config(code), &Soft).unwrap()
+    }
+
+    fn run(&self, code: &[u8]) -> Machine {
+        let machine = self.boot(code);
+        machine.resume().unwrap();
+        machine
+    }
+
+    fn snapshot(&self, machine: &Machine) -> (Captured, Arc<Snapshot>) {
+        let captured = machine.capture(&self.store, NewSnapshot::default()).unwrap();
+        let snapshot = self.store.open_snapshot(&captured.meta.id).unwrap();
+        (captured, snapshot)
+    }
+
+    fn restore(&self, snapshot: &Arc<Snapshot>) -> Result<Machine, MachineError> {
+        Machine::restore(snapshot, RestoreConfig { storage: DiskStorage::Memory }, &Soft)
+    }
+}
+
+fn counter(snapshot: &Snapshot) -> u64 {
+    let mut page: Page = [0; 4096];
+    snapshot.memory().read_page(COUNTER / 4096, &mut page).unwrap();
+    u64::from_le_bytes(page[..8].try_into().unwrap())
+}
+
+fn wait(what: &str, condition: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < Duration::from_secs(60), "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn end_of(machine: &Machine) -> MachineEnd {
+    wait("the end", || machine.end().is_some());
+    machine.end().unwrap()
+}
+
+#[test]
+fn a_guest_that_resets_ends_with_its_last_words() {
+    let machine = Rig::new().run(&RESET);
+    let end = end_of(&machine);
+    assert_eq!((end.kind, end.console.as_str()), (EndKind::Reset, "A"));
+    assert_eq!(machine.console_tail(), "A");
+    assert!(matches!(machine.resume(), Err(MachineError::Ended(_))));
+    assert!(matches!(machine.pause(), Err(MachineError::Ended(_))));
+}
+
+#[test]
+fn a_triple_fault_tells_its_story() {
+    let end = end_of(&Rig::new().run(&TRIPLE_FAULT));
+    assert_eq!(end.kind, EndKind::Reset);
+    assert!(!end.detail.is_empty());
+}
+
+#[test]
+fn a_halt_that_nothing_can_end_is_a_power_off() {
+    assert_eq!(end_of(&Rig::new().run(&POWER_OFF)).kind, EndKind::PowerOff);
+}
+
+#[test]
+fn a_machine_runs_only_when_told_to() {
+    let machine = Rig::new().boot(&COUNT);
+    assert_eq!(machine.diagnostics().cpu.instructions, 0);
+    machine.resume().unwrap();
+    wait("counting", || machine.diagnostics().cpu.instructions > 100_000);
+    machine.pause().unwrap();
+    let still = machine.diagnostics();
+    assert_eq!(machine.diagnostics(), still);
+    machine.resume().unwrap();
+    wait("more counting", || machine.diagnostics().cpu.instructions > still.cpu.instructions);
+    assert!(machine.diagnostics().guest_ns > still.guest_ns);
+}
+
+#[test]
+fn a_sleeping_guest_is_woken_by_its_timer_and_does_nothing_else() {
+    let machine = Rig::new().run(&ticker());
+    wait("ticks", || machine.diagnostics().wakeups > 20);
+    let d = machine.diagnostics();
+    // A tick is HLT, JMP, INC, MOV and IRETQ.
+    assert!(d.cpu.instructions <= 10 + 5 * (d.cpu.interrupts + 1), "{d:?}");
+}
+
+#[test]
+fn killing_is_idempotent_and_works_from_anywhere() {
+    let rig = Rig::new();
+    for code in [&COUNT[..], &ticker()] {
+        let machine = rig.run(code);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| machine.kill());
+            }
+        });
+        machine.kill();
+        assert_eq!(machine.end().unwrap().kind, EndKind::Killed);
+        assert!(matches!(machine.capture(&rig.store, NewSnapshot::default()), Err(MachineError::Ended(_))));
+    }
+    // One that never ran.
+    rig.boot(&COUNT).kill();
+}
+
+#[tokio::test]
+async fn the_end_can_be_awaited_after_the_handles_are_gone() {
+    let machine = Rig::new().run(&COUNT);
+    let ended = machine.ended();
+    tokio::task::spawn_blocking(move || drop(machine)).await.unwrap();
+    assert_eq!(ended.await.kind, EndKind::Killed);
+}
+
+#[test]
+fn a_copy_goes_on_where_the_snapshot_was_taken_and_diverges() {
+    let rig = Rig::new();
+    for code in [&COUNT[..], &ticker()] {
+        let machine = rig.run(code);
+        wait("counting", || machine.diagnostics().cpu.instructions > 100);
+        let (first, snapshot) = rig.snapshot(&machine);
+        let then = counter(&snapshot);
+
+        let copy = rig.restore(&snapshot).unwrap();
+        let (_, unchanged) = rig.snapshot(&copy);
+        assert_eq!(counter(&unchanged), then);
+        assert!(copy.diagnostics().guest_ns > 0);
+        copy.resume().unwrap();
+        wait("the copy's counting", || counter(&rig.snapshot(&copy).1) > then);
+
+        // The original goes on as well, and what did not change is not stored again.
+        wait("the original's counting", || counter(&rig.snapshot(&machine).1) > then);
+        let (second, _) = rig.snapshot(&machine);
+        assert!(second.memory.dirty <= 2 && first.memory.dirty > 2, "{second:?}");
+        assert_eq!((first.disk.own, second.disk.own), (256, 0));
+    }
+}
+
+#[test]
+fn a_paused_machine_can_be_captured_and_stays_paused() {
+    let rig = Rig::new();
+    let machine = rig.run(&COUNT);
+    wait("counting", || machine.diagnostics().cpu.instructions > 100);
+    machine.pause().unwrap();
+    let before = machine.diagnostics();
+    let (a, b) = (rig.snapshot(&machine).1, rig.snapshot(&machine).1);
+    assert_eq!(counter(&a), counter(&b));
+    let after = machine.diagnostics();
+    assert_eq!((before.cpu, before.guest_ns), (after.cpu, after.guest_ns));
+}
+
+#[test]
+fn a_failed_capture_loses_nothing() {
+    let rig = Rig::new();
+    let machine = rig.run(&COUNT);
+    wait("counting", || machine.diagnostics().cpu.instructions > 100);
+    machine.pause().unwrap();
+    let dirty = machine.diagnostics().dirty_pages;
+    let bad = NewSnapshot { names: vec!["not a name!".into()], ..NewSnapshot::default() };
+    let error = machine.capture(&rig.store, bad);
+    assert!(matches!(error, Err(MachineError::Snapshot(SnapshotError::Store(_)))), "{error:?}");
+    assert_eq!(machine.diagnostics().dirty_pages, dirty);
+    let (captured, snapshot) = rig.snapshot(&machine);
+    assert_eq!(captured.memory.dirty, dirty);
+    assert!(counter(&snapshot) > 0);
+}
+
+/// A snapshot like `good`, with one section changed or left out.
+fn tampered(
+    rig: &Rig,
+    good: &Snapshot,
+    id: u16,
+    change: impl Fn(&[u8]) -> Option<(u16, Vec<u8>)>,
+) -> Arc<Snapshot> {
+    struct Nothing;
+    impl amber_layers::PageSource for Nothing {
+        fn read(&self, _: u64, _: &mut Page) -> std::io::Result<()> {
+            Err(std::io::ErrorKind::NotFound.into())
+        }
+    }
+    let mut writer = rig.store.writer();
+    writer.memory(Some(good.memory()), good.memory().pages(), [], &Nothing).unwrap();
+    writer.disk(Some(good.disk()), good.disk().pages(), [], &Nothing).unwrap();
+    for section in good.sections() {
+        let (version, bytes) = match section.id == SectionId(id) {
+            true => match change(&section.bytes) {
+                Some(changed) => changed,
+                None => continue,
+            },
+            false => (section.version, section.bytes.clone()),
+        };
+        writer.section(section.id, version, true, bytes).unwrap();
+    }
+    let meta = writer.publish(NewSnapshot::default()).unwrap();
+    rig.store.open_snapshot(&meta.id).unwrap()
+}
+
+#[test]
+fn hostile_snapshots_are_refused_with_a_reason() {
+    let rig = Rig::new();
+    let (_, good) = rig.snapshot(&rig.boot(&COUNT));
+    assert!(rig.restore(&good).is_ok());
+    for id in 0x100..=0x107 {
+        let error = |change: &dyn Fn(&[u8]) -> Option<(u16, Vec<u8>)>| {
+            let bad = tampered(&rig, &good, id, change);
+            match rig.restore(&bad) {
+                Err(MachineError::Snapshot(e)) => e,
+                other => panic!("section {id:#x}: {other:?}"),
+            }
+        };
+        assert!(matches!(error(&|_| None), SnapshotError::Missing(_)));
+        assert!(matches!(error(&|b| Some((2, b.to_vec()))), SnapshotError::Format(_)));
+        assert!(matches!(error(&|b| Some((1, b[..b.len() - 1].to_vec()))), SnapshotError::Invalid { .. }));
+        assert!(matches!(error(&|b| Some((1, [b, &[0]].concat()))), SnapshotError::Invalid { .. }));
+        assert!(matches!(error(&|_| Some((1, vec![0xff; 64]))), SnapshotError::Invalid { .. }));
+    }
+    let bad = tampered(&rig, &good, 0x200, |_| None);
+    assert!(rig.restore(&bad).is_ok());
+}
+
+#[test]
+fn what_cannot_boot_says_why() {
+    let rig = Rig::new();
+    let boot = |change: &dyn Fn(&mut BootConfig)| {
+        let mut config = rig.config(&COUNT);
+        change(&mut config);
+        Machine::boot(config, &Soft).unwrap_err()
+    };
+    assert!(matches!(boot(&|c| c.ram = 1 << 20), MachineError::RamSize { .. }));
+    assert!(matches!(boot(&|c| c.kernel.push("none")), MachineError::Kernel { .. }));
+    assert!(matches!(boot(&|c| c.rootfs.push("none")), MachineError::Rootfs { .. }));
+    assert!(matches!(boot(&|c| c.kernel.clone_from(&c.rootfs)), MachineError::Boot(BootError::Elf(_))));
+    let missing = DiskStorage::Directory(rig.dir.path().join("none"));
+    let error = boot(&|c| c.storage = missing.clone());
+    assert!(matches!(error, MachineError::Snapshot(SnapshotError::Disk { .. })));
+}
