@@ -142,11 +142,10 @@ fn harmless(insn: &Instruction) -> bool {
     let bit_string = matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
         && insn.op0_kind() == OpKind::Memory
         && insn.op1_kind() == OpKind::Register;
-    !bit_string
-        && !(stack
-            && insn.op_count() > 0
-            && insn.op0_kind() == OpKind::Register
-            && insn.op0_register() == Register::RSP)
+    let names_rsp =
+        insn.op_count() > 0 && insn.op0_kind() == OpKind::Register && insn.op0_register() == Register::RSP;
+    let excluded = bit_string || stack && names_rsp;
+    !excluded
         && info.used_registers().iter().all(|u| {
             let writes = !matches!(
                 u.access(),
