@@ -80,8 +80,8 @@ export async function buildRootfs({ tier = 'std', refresh = false } = {}) {
 function mmdebstrapArguments(tier, tar) {
   const include = packageLists(tier).flatMap((file) => readFileSync(file, 'utf8').split('\n'))
     .map((line) => line.replace(/#.*/, '').trim()).filter(Boolean)
-  const mirror = process.env.AMBERBOX_DEBIAN_MIRROR || 'http://deb.debian.org/debian'
-  const security = process.env.AMBERBOX_DEBIAN_SECURITY_MIRROR || 'http://deb.debian.org/debian-security'
+  // Without a mirror of their own, users get mmdebstrap's defaults: Debian's, with updates and security.
+  const { AMBERBOX_DEBIAN_MIRROR: mirror, AMBERBOX_DEBIAN_SECURITY_MIRROR: security } = process.env
   const source = (uri, suite) => `deb [signed-by=${KEYRING}] ${uri} ${suite} main`
   return [
     '--verbose',
@@ -94,9 +94,8 @@ function mmdebstrapArguments(tier, tar) {
     `--customize-hook=sh '${join(projectRoot, 'guest/rootfs/customize.sh')}' "$1"`,
     SUITE,
     tar,
-    source(mirror, SUITE),
-    source(mirror, `${SUITE}-updates`),
-    source(security, `${SUITE}-security`),
+    ...(mirror ? [source(mirror, SUITE), source(mirror, `${SUITE}-updates`)] : []),
+    ...(mirror && security ? [source(security, `${SUITE}-security`)] : []),
   ]
 }
 

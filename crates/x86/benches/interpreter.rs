@@ -209,4 +209,47 @@ fn main() {
         a.sub(rcx, 1)?;
         a.jne(top)
     });
+    bench("byte search", |a| {
+        let mut top = a.create_label();
+        a.mov(rcx, N)?;
+        a.mov(rsi, DATA)?;
+        a.pxor(xmm0, xmm0)?;
+        a.set_label(&mut top)?;
+        a.movdqu(xmm1, xmmword_ptr(rsi + 1))?;
+        a.movdqa(xmm2, xmmword_ptr(rsi + 16))?;
+        a.pcmpeqb(xmm1, xmm0)?;
+        a.pminub(xmm2, xmm1)?;
+        a.pmovmskb(eax, xmm2)?;
+        a.movdqa(xmmword_ptr(rsi + 64), xmm1)?;
+        a.sub(rcx, 1)?;
+        a.jne(top)
+    });
+    bench("floating point", |a| {
+        let mut top = a.create_label();
+        a.mov(rcx, N)?;
+        a.mov(rsi, DATA)?;
+        a.set_label(&mut top)?;
+        a.cvtsi2sd(xmm0, ecx)?;
+        a.movsd_2(xmm1, qword_ptr(rsi + 8))?;
+        a.addsd(xmm1, xmm0)?;
+        a.mulsd(xmm1, xmm0)?;
+        a.divsd(xmm1, qword_ptr(rsi + 16))?;
+        a.ucomisd(xmm1, xmm0)?;
+        a.cvttsd2si(rax, xmm0)?;
+        a.movsd_2(qword_ptr(rsi + 24), xmm1)?;
+        a.sub(rcx, 1)?;
+        a.jne(top)
+    });
+    bench("x87", |a| {
+        let mut top = a.create_label();
+        a.mov(rcx, N)?;
+        a.mov(rsi, DATA)?;
+        a.set_label(&mut top)?;
+        a.fld(qword_ptr(rsi + 8))?;
+        a.fadd(qword_ptr(rsi + 16))?;
+        a.fchs()?;
+        a.fstp(qword_ptr(rsi + 24))?;
+        a.sub(rcx, 1)?;
+        a.jne(top)
+    });
 }

@@ -1,6 +1,7 @@
-//! Every unprivileged instruction form, compared with the host CPU.
+//! Every unprivileged instruction form, and sequences of them, compared with the host CPU.
 //!
-//! `AMBER_ORACLE_RUNS` sets how many register states each form is tried with, `AMBER_ORACLE_SEED` the seed, and
+//! `AMBER_ORACLE_RUNS` sets how many register states each form is tried with, `AMBER_ORACLE_SEQUENCES` how many
+//! sequences, `AMBER_ORACLE_SEED` the seed, and
 //! `AMBER_ORACLE_ONLY` restricts the run to forms whose iced name contains it.
 #![allow(
     clippy::panic,
@@ -18,8 +19,10 @@ use std::collections::BTreeMap;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use oracle::catalog::{exempt, forms, offered};
 use oracle::generate::{self, Case, Operands, build, state_for};
+use oracle::layout::{CODE, DATA};
 use oracle::rng::Rng;
-use oracle::{Compare, Oracle, describe, disassemble, own_fields, undefined_flags};
+use oracle::sequence::{POINTER, Pool, sequence};
+use oracle::{Compare, Oracle, describe, disassemble, flag_bits, own_fields, undefined_flags};
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|v| v.parse().ok())
@@ -35,7 +38,7 @@ fn instances(code: Code, rng: &mut Rng) -> Vec<Case> {
     for memory in [false, true] {
         let mut made = 0;
         for _ in 0..40 {
-            let offset = 0x40 + rng.below(0xe00);
+            let offset = if rng.chance(10) { 0xff8 } else { 0x40 + rng.below(0x1e00) };
             if let Some(case) = build(code, memory, offset, Operands::Free, rng) {
                 let has = (0..case.insn.op_count()).any(|i| case.insn.op_kind(i) == OpKind::Memory);
                 if memory && !has {
@@ -194,6 +197,55 @@ fn every_form_is_tested_or_exempt_for_a_reason() {
         missing.join(" "),
         surplus.join(" ")
     );
+}
+
+/// Sequences of instructions, with jumps and in loops.
+#[test]
+fn sequences_do_what_the_host_does() {
+    let count = variable("AMBER_ORACLE_SEQUENCES").unwrap_or(1500);
+    let mut rng = Rng::new(seed());
+    let mut oracle = Oracle::new();
+    let pool = Pool::new();
+    let mut failed = Vec::new();
+    let (mut ran, mut ended) = (0, 0);
+    for _ in 0..count {
+        let times = if rng.chance(50) { 2 + rng.below(3) } else { 1 };
+        let sequence = sequence(&pool, times, &mut rng);
+        oracle.set_code(sequence.offset, &sequence.bytes);
+        for _ in 0..4 {
+            let mut state = generate::state(true, &mut rng);
+            state.rip = CODE + sequence.offset;
+            state.gpr[14] = POINTER;
+            state.gpr[15] = times;
+            let data: Vec<u8> = (0..16).flat_map(|_| rng.vector()).flat_map(u64::to_le_bytes).collect();
+            oracle.set_data((POINTER - DATA) as usize - 128, &data);
+            let compare = Compare {
+                undefined: flag_bits(sequence.undefined),
+                flags_of_faults: false,
+                wide: true,
+                ignore: &[],
+            };
+            let result = oracle.run(&state, &compare);
+            ran += 1;
+            ended += u64::from(result.as_ref().is_ok_and(|outcome| outcome.vector == 3));
+            if let Err(differs) = result {
+                let listing: String =
+                    sequence.insns.iter().map(|i| format!("    {:x} {}\n", i.ip(), disassemble(i))).collect();
+                failed.push(format!(
+                    "{times} times\n{listing} differs:\n{differs} from:{}\n code: {:02x?}\n",
+                    describe(&state),
+                    sequence.bytes
+                ));
+                let same = oracle.native.data().to_vec();
+                oracle.soft.set_data(0, &same);
+                break;
+            }
+        }
+    }
+    assert!(ended * 2 > ran, "Only {ended} of {ran} runs reached their sequence's end");
+    // The shortest is the easiest to read.
+    let shortest = failed.iter().min_by_key(|f| f.lines().count());
+    assert!(failed.is_empty(), "{} sequences differ, the shortest: {}", failed.len(), shortest.unwrap());
 }
 
 /// A CPU without BMI1 and LZCNT ignores their prefix.

@@ -33,6 +33,8 @@ const GENERATION_SHIFT: u32 = 48;
 /// The generation stays below bit 60, so that no key can equal [`JumpEntry::EMPTY`]'s.
 const GENERATIONS: u64 = 1 << 12;
 const LARGE_PAGE: u64 = 1 << 21;
+/// Size of each filter of executed pages; a power of two.
+const EXECUTED_BITS: usize = 2048;
 
 /// A translation for execution. `key` is the page's address XOR the mode's key.
 #[derive(Clone, Copy)]
@@ -59,8 +61,8 @@ pub(crate) struct Mmu {
     generation: u64,
     /// Supervisor code ran from a page that is not global: CR3 writes must drop its keys too.
     local_code: bool,
-    /// A Bloom filter of the pages that were fetched from since the keys were last dropped.
-    executed: [u64; 16],
+    /// Bloom filters of the pages that the supervisor and the user fetched from since their keys were last dropped.
+    executed: [[u64; EXECUTED_BITS / 64]; 2],
 }
 
 impl Mmu {
@@ -79,29 +81,26 @@ impl Mmu {
             itlb: Box::new([ItlbEntry::EMPTY; ITLB_SIZE]),
             generation: 0,
             local_code: false,
-            executed: [0; 16],
+            executed: [[0; EXECUTED_BITS / 64]; 2],
         }
     }
 
-    /// The Bloom filter's word and bit of a page or large page.
-    fn executed_bit(page: u64) -> (usize, u64) {
-        let h = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+    /// A filter's word and bit for the page or large page at `va`.
+    fn executed_bit(va: u64, large: bool) -> (usize, u64) {
+        let page = if large { !(va >> 21) } else { va >> 12 };
+        let h = page.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - EXECUTED_BITS.trailing_zeros());
         ((h >> 6) as usize, 1 << (h & 63))
     }
 
-    fn mark_executed(&mut self, va: u64, large: bool) {
-        let (word, bit) = Self::executed_bit(va >> 12);
-        self.executed[word] |= bit;
-        if large {
-            let (word, bit) = Self::executed_bit(!(va >> 21));
-            self.executed[word] |= bit;
-        }
+    fn mark_executed(&mut self, user: bool, va: u64, large: bool) {
+        let (word, bit) = Self::executed_bit(va, large);
+        self.executed[usize::from(user)][word] |= bit;
     }
 
-    fn was_executed(&self, va: u64) -> bool {
-        [va >> 12, !(va >> 21)].into_iter().any(|page| {
-            let (word, bit) = Self::executed_bit(page);
-            self.executed[word] & bit != 0
+    fn was_executed(&self, user: bool, va: u64) -> bool {
+        [false, true].into_iter().any(|large| {
+            let (word, bit) = Self::executed_bit(va, large);
+            self.executed[usize::from(user)][word] & bit != 0
         })
     }
 }
@@ -188,8 +187,18 @@ impl Cpu {
                 }
             }
         }
+        if self.mmu.local_code {
+            self.forget_code_addresses();
+        } else {
+            self.forget_user_code_addresses();
+        }
+    }
+
+    /// Drops what is known about which user-mode address holds which code.
+    fn forget_user_code_addresses(&mut self) {
         self.mmu.generation += 1;
-        if self.mmu.local_code || self.mmu.generation == GENERATIONS {
+        self.mmu.executed[1] = [0; EXECUTED_BITS / 64];
+        if self.mmu.generation == GENERATIONS {
             self.forget_code_addresses();
         }
         self.set_cpl(self.cpl);
@@ -199,7 +208,7 @@ impl Cpu {
     fn forget_code_addresses(&mut self) {
         self.jump_cache.fill(JumpEntry::EMPTY);
         self.mmu.itlb.fill(ItlbEntry::EMPTY);
-        self.mmu.executed = [0; 16];
+        self.mmu.executed = [[0; EXECUTED_BITS / 64]; 2];
         self.mmu.local_code = false;
         self.mmu.generation = 0;
         self.set_cpl(self.cpl);
@@ -226,8 +235,10 @@ impl Cpu {
                 }
             }
         }
-        if self.mmu.was_executed(va) {
+        if self.mmu.was_executed(false, va) {
             self.forget_code_addresses();
+        } else if self.mmu.was_executed(true, va) {
+            self.forget_user_code_addresses();
         }
     }
 

@@ -249,7 +249,7 @@ impl Cpu {
         }
         *self.mmu.itlb.get_unchecked_mut((va >> 12) as usize & (ITLB_SIZE - 1)) =
             ItlbEntry { key, pa: leaf.pa };
-        self.mmu.mark_executed(va, leaf.large);
+        self.mmu.mark_executed(user, va, leaf.large);
         if leaf.large {
             self.note_large(va);
         }

@@ -331,6 +331,65 @@ fn invlpg_drops_code() {
 }
 
 #[test]
+fn invlpg_drops_user_code() {
+    let mut rig = Rig::new();
+    // The user runs a page; the kernel puts another in its place and invalidates.
+    rig.code(USER_CODE, |a| {
+        a.mov(ebx, 1)?;
+        a.int(0x80)
+    });
+    rig.code(USER_CODE + 4096, |a| {
+        a.mov(ebx, 2)?;
+        a.ud2()
+    });
+    let pte = rig.entry(PML4, USER_CODE, 0);
+    rig.gate(0x80, CODE, 0, 0xee);
+    rig.code(CODE, |a| {
+        a.mov(ebp, ebx)?;
+        a.mov(rax, (USER_CODE + 4096) | P | W | U)?;
+        a.mov(qword_ptr(pte), rax)?;
+        a.mov(eax, USER_CODE as u32)?;
+        a.invlpg(byte_ptr(rax))?;
+        a.mov(qword_ptr(rsp), rax)?;
+        a.iretq()
+    });
+    rig.enter_user();
+    let e = rig.event();
+    assert_eq!((e.vector, rig.gpr(5), rig.gpr(3)), (6, 1, 2));
+}
+
+#[test]
+fn many_address_spaces() {
+    // More CR3 writes than there are generations of user code, each with another page of code in the same place.
+    let mut rig = Rig::new();
+    for i in 0..2 {
+        rig.code(USER_CODE + i * 4096, |a| {
+            a.add(rbx, i as i32 + 1)?;
+            a.int(0x80)
+        });
+    }
+    let pte = rig.entry(PML4, USER_CODE, 0);
+    rig.gate(0x80, CODE, 0, 0xee);
+    rig.code(CODE, |a| {
+        let mut done = a.create_label();
+        a.dec(ecx)?;
+        a.je(done)?;
+        a.xor(qword_ptr(pte), 0x1000)?;
+        a.mov(rax, cr3)?;
+        a.mov(cr3, rax)?;
+        a.mov(eax, USER_CODE as u32)?;
+        a.mov(qword_ptr(rsp), rax)?;
+        a.iretq()?;
+        a.set_label(&mut done)?;
+        a.hlt()
+    });
+    rig.enter_user();
+    rig.change(|s| s.gpr[1] = 10_000);
+    assert_eq!(rig.run(), Exit::Halt);
+    assert_eq!(rig.gpr(3), 15_000);
+}
+
+#[test]
 fn large_page() {
     let mut rig = Rig::new();
     let va = UPPER + 0x20_0000;

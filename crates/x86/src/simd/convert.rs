@@ -5,7 +5,7 @@ use std::arch::asm;
 
 use iced_x86::{Code, Instruction, OpKind};
 
-use super::operands;
+use super::{available, operands};
 use crate::cpu::Cpu;
 use crate::decode::{Lowered, gpr, xmm};
 use crate::flags::bit;
@@ -41,6 +41,18 @@ unsafe fn scalar<const MEM: bool>(
 }
 
 unsafe fn to_integer<O: ToInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    if cpu.x87.gate == 0
+        && let Some(src) = cpu.source_in_place::<MEM>(op, O::BYTES)
+    {
+        cpu.set_reg::<u64>((*op).dst, O::run(src));
+        return Op::run_next(cpu, op);
+    }
+    to_integer_apart::<O, MEM>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn to_integer_apart<O: ToInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
     let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES));
     let v = O::run(src);
@@ -52,6 +64,16 @@ unsafe fn to_integer<O: ToInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op
 }
 
 unsafe fn from_integer<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    if !MEM && cpu.x87.gate == 0 {
+        let v = cpu.reg::<O::Integer>((*op).src).to_u64();
+        O::run(cpu.xmm_ptr((*op).dst), v);
+        return Op::run_next(cpu, op);
+    }
+    from_integer_apart::<O, MEM>(cpu, op)
+}
+
+#[inline(never)]
+unsafe fn from_integer_apart<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
     let v =
         if MEM { t!(cpu, op, cpu.load::<O::Integer>(cpu.ea(op))) } else { cpu.reg::<O::Integer>((*op).src) };
@@ -66,6 +88,19 @@ unsafe fn from_integer<O: FromInteger, const MEM: bool>(cpu: &mut Cpu, op: *cons
 }
 
 unsafe fn compare<O: Compare, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    if cpu.x87.gate == 0
+        && let Some(src) = cpu.source_in_place::<MEM>(op, O::BYTES)
+    {
+        let ah = O::run(cpu.xmm_ptr((*op).dst), src);
+        cpu.set_zpc(ah);
+        return Op::run_next(cpu, op);
+    }
+    compare_apart::<O, MEM>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn compare_apart<O: Compare, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let check = t!(cpu, op, cpu.fp_begin());
     let src = t!(cpu, op, scalar::<MEM>(cpu, op, O::BYTES));
     let ah = O::run(cpu.xmm_ptr((*op).dst), src);
@@ -205,7 +240,7 @@ compare! {
 
 /// PTEST: ZF when no bit is set in both, CF when the source has none outside the destination.
 unsafe fn ptest<const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op));
     let s = src.cast::<[u64; 2]>().read_unaligned();
     let d = cpu.xmm((*op).dst).0;
@@ -219,7 +254,7 @@ macro_rules! mask {
     ($($handler:ident $name:literal)*) => {
         $(
             unsafe fn $handler(cpu: &mut Cpu, op: *const Op) -> *const Op {
-                t!(cpu, op, cpu.vector_begin());
+                available!(cpu, op);
                 let v: u64;
                 asm!("movaps xmm0, [{s}]", concat!($name, " {o:e}, xmm0"),
                     s = in(reg) cpu.xmm_ptr((*op).src), o = out(reg) v, out("xmm0") _,
@@ -239,7 +274,7 @@ mask! {
 
 /// PEXTRB, PEXTRW, PEXTRD, PEXTRQ and EXTRACTPS; `aux` is the element.
 unsafe fn extract<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm_ptr((*op).src).cast::<T>().add((*op).aux as usize).read_unaligned();
     if MEM {
         t!(cpu, op, cpu.store::<T>(cpu.ea(op), v));
@@ -251,7 +286,7 @@ unsafe fn extract<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *con
 
 /// PINSRB, PINSRW, PINSRD and PINSRQ; `aux` is the element.
 unsafe fn insert<T: Int, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = if MEM { t!(cpu, op, cpu.load::<T>(cpu.ea(op))) } else { T::from_u64(cpu.reg::<u64>((*op).src)) };
     cpu.xmm_ptr((*op).dst).cast::<T>().add((*op).aux as usize).write_unaligned(v);
     Op::run_next(cpu, op)

@@ -9,7 +9,7 @@ use std::mem::transmute;
 
 use iced_x86::{Code, Instruction, OpKind};
 
-use super::{Run, operands, pairs};
+use super::{Run, available, operands, pairs};
 use crate::cpu::{Cpu, Xmm};
 use crate::decode::{Lowered, xmm};
 use crate::flags::bit;
@@ -81,9 +81,24 @@ unsafe fn apply<const MEM: bool, const BYTES: u64, const FP: bool>(
     cpu: &mut Cpu,
     op: *const Op,
 ) -> *const Op {
+    if cpu.x87.gate == 0
+        && let Some(src) = cpu.source_in_place::<MEM>(op, BYTES)
+    {
+        transmute::<usize, Run>((*op).imm as usize)(cpu.xmm_ptr((*op).dst), src);
+        return Op::run_next(cpu, op);
+    }
+    apply_apart::<MEM, BYTES, FP>(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn apply_apart<const MEM: bool, const BYTES: u64, const FP: bool>(
+    cpu: &mut Cpu,
+    op: *const Op,
+) -> *const Op {
     let check = if FP { t!(cpu, op, cpu.fp_begin()) } else { false };
     if !FP {
-        t!(cpu, op, cpu.vector_begin());
+        available!(cpu, op);
     }
     let src = if BYTES == 16 {
         t!(cpu, op, cpu.source::<MEM, BYTES, true>(op))
@@ -215,7 +230,7 @@ fn insertps(d: u128, s: u128, n: u8) -> u128 {
 }
 
 unsafe fn portable<const MEM: bool, const BYTES: u64>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let src = if BYTES == 16 {
         let p = t!(cpu, op, cpu.source::<MEM, BYTES, true>(op));
         p.cast::<u128>().read_unaligned()
@@ -259,7 +274,7 @@ fn lower_portable(insn: &Instruction, op: &mut Op) -> Lowered {
 
 /// Shifts by an immediate: the shift by a register, with the count as the source.
 unsafe fn shift(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     cpu.x87.operand = Xmm([u64::from((*op).aux), 0]);
     let run = transmute::<usize, Run>((*op).imm as usize);
     run(cpu.xmm_ptr((*op).dst), (&raw const cpu.x87.operand).cast());
@@ -328,7 +343,7 @@ fn length(cpu: &Cpu, r: u8, wide: bool) -> i32 {
 }
 
 unsafe fn find<O: Text, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let src = t!(cpu, op, cpu.source::<MEM, 16, false>(op));
     let find = transmute::<usize, Find>((*op).imm as usize);
     let wide = (*op).aux != 0;

@@ -9,7 +9,7 @@ use std::mem::transmute;
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::moves::rdi_operand;
-use super::{CR0_EM, CR0_TS, Run};
+use super::{CR0_EM, CR0_TS, Run, available};
 use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::{Lowered, gpr, xmm};
 use crate::op::Op;
@@ -310,7 +310,7 @@ unsafe fn maskmov(cpu: &mut Cpu, op: *const Op) -> *const Op {
 
 /// MOVQ2DQ.
 unsafe fn to_xmm(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     t!(cpu, op, cpu.mmx_begin());
     cpu.mmx_commit();
     let v = cpu.mm((*op).src);
@@ -320,7 +320,7 @@ unsafe fn to_xmm(cpu: &mut Cpu, op: *const Op) -> *const Op {
 
 /// MOVDQ2Q.
 unsafe fn from_xmm(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     t!(cpu, op, cpu.mmx_begin());
     cpu.mmx_commit();
     let v = cpu.xmm((*op).src).0[0];
@@ -399,8 +399,7 @@ unsafe fn convert_to<const MEM: bool, const BYTES: u64>(cpu: &mut Cpu, op: *cons
     } else {
         let va = cpu.ea(op);
         if va & 15 != 0 {
-            cpu.misaligned();
-            return cpu.trap(op);
+            return cpu.alignment_fault(op);
         }
         t!(cpu, op, cpu.load128(va))
     };

@@ -25,6 +25,7 @@ use iced_x86::{Instruction, OpKind};
 use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::{Lowered, xmm};
 use crate::op::Op;
+use crate::ops::t;
 
 /// Why a vector instruction may not simply execute: bits of `X87::gate`.
 pub(crate) mod gate {
@@ -50,6 +51,16 @@ pub(crate) const MXCSR_VALID: u32 = 0xffff;
 /// What an instruction does to its destination, given the source's address: 16 bytes in the register file or, for a
 /// memory operand, at least as many as the instruction reads.
 type Run = unsafe fn(*mut u8, *const u8);
+
+/// Begins a handler of an instruction that does not compute floating-point numbers.
+macro_rules! available {
+    ($cpu:ident, $op:ident) => {
+        if $cpu.x87.gate & ($crate::simd::gate::UD | $crate::simd::gate::NM) != 0 {
+            return $cpu.vector_fault($op);
+        }
+    };
+}
+use available;
 
 /// Lowers vector instructions.
 pub(crate) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
@@ -152,8 +163,7 @@ impl Cpu {
     }
 
     /// Raises #UD or #NM when vector instructions are not available.
-    #[cold]
-    unsafe fn vector_unavailable(&mut self) -> Result<(), Trap> {
+    unsafe fn vector_available(&mut self) -> Result<(), Trap> {
         if self.x87.gate & gate::UD != 0 {
             return Err(self.raise(vector::UD, None));
         }
@@ -163,10 +173,20 @@ impl Cpu {
         Ok(())
     }
 
-    /// Before an instruction that does not compute floating-point numbers.
-    #[inline(always)]
-    unsafe fn vector_begin(&mut self) -> Result<(), Trap> {
-        if self.x87.gate & (gate::UD | gate::NM) != 0 { self.vector_unavailable() } else { Ok(()) }
+    /// Leaves the sequence at a vector instruction that is not available.
+    #[cold]
+    #[inline(never)]
+    unsafe fn vector_fault(&mut self, op: *const Op) -> *const Op {
+        t!(self, op, self.vector_available());
+        self.trap(op)
+    }
+
+    /// Leaves the sequence at an instruction whose operand is not aligned.
+    #[cold]
+    #[inline(never)]
+    unsafe fn alignment_fault(&mut self, op: *const Op) -> *const Op {
+        self.misaligned();
+        self.trap(op)
     }
 
     /// Before a floating-point instruction; tells whether [`Cpu::fp_end`] must be called behind it.
@@ -178,7 +198,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     unsafe fn fp_begin_slow(&mut self) -> Result<bool, Trap> {
-        self.vector_unavailable()?;
+        self.vector_available()?;
         self.sync_mxcsr();
         write_mxcsr((self.mxcsr & !MXCSR_FLAGS) | MXCSR_MASKS);
         Ok(true)
@@ -235,6 +255,16 @@ impl Cpu {
                 Ok((&raw const self.x87.operand).cast())
             }
         }
+    }
+
+    /// The source operand when nothing stands in the way of using it in place.
+    #[inline(always)]
+    unsafe fn source_in_place<const MEM: bool>(&mut self, op: *const Op, bytes: u64) -> Option<*const u8> {
+        if !MEM {
+            return Some(self.xmm_ptr((*op).src));
+        }
+        let va = self.ea(op);
+        if bytes == 16 && va & 15 != 0 { None } else { self.read_ptr(va, bytes) }
     }
 
     #[cold]

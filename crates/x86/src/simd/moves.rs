@@ -2,85 +2,136 @@
 
 use iced_x86::{Code, Instruction, OpKind};
 
-use super::operands;
+use super::{available, operands};
 use crate::cpu::{Cpu, Xmm};
 use crate::decode::{Lowered, gpr, xmm};
+use crate::mem::Int;
 use crate::op::{Op, reg};
 use crate::ops::t;
 
 /// Register to register, all 16 bytes.
 unsafe fn copy(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src);
     cpu.set_xmm((*op).dst, v);
     Op::run_next(cpu, op)
 }
 
 unsafe fn load<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let va = cpu.ea(op);
     if ALIGNED && va & 15 != 0 {
-        cpu.misaligned();
-        return cpu.trap(op);
+        return cpu.alignment_fault(op);
     }
-    let v = t!(cpu, op, cpu.load128(va));
-    cpu.set_xmm((*op).dst, v);
-    Op::run_next(cpu, op)
+    match cpu.read_ptr(va, 16) {
+        Some(p) => {
+            let v = Xmm(p.cast::<[u64; 2]>().read_unaligned());
+            cpu.set_xmm((*op).dst, v);
+            Op::run_next(cpu, op)
+        }
+        None => load_apart(cpu, op),
+    }
 }
 
 unsafe fn store<const ALIGNED: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let va = cpu.ea(op);
     if ALIGNED && va & 15 != 0 {
-        cpu.misaligned();
-        return cpu.trap(op);
+        return cpu.alignment_fault(op);
     }
-    let v = cpu.xmm((*op).src);
-    t!(cpu, op, cpu.store128(va, v));
-    Op::run_next(cpu, op)
+    match cpu.write_ptr(va, 16) {
+        Some(p) => {
+            p.cast::<[u64; 2]>().write_unaligned(cpu.xmm((*op).src).0);
+            Op::run_next(cpu, op)
+        }
+        None => store_apart(cpu, op),
+    }
 }
 
-/// MOVSS, MOVD from memory: the rest becomes zero.
-unsafe fn load32(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
-    let v = t!(cpu, op, cpu.load::<u32>(cpu.ea(op)));
-    cpu.set_xmm((*op).dst, Xmm([u64::from(v), 0]));
-    Op::run_next(cpu, op)
-}
-
-/// MOVSD, MOVQ from memory: the rest becomes zero.
-unsafe fn load64(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
-    let v = t!(cpu, op, cpu.load::<u64>(cpu.ea(op)));
-    cpu.set_xmm((*op).dst, Xmm([v, 0]));
-    Op::run_next(cpu, op)
+/// MOVSS, MOVD (`T` is u32), MOVSD, MOVQ from memory: the rest becomes zero.
+unsafe fn load_low<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    available!(cpu, op);
+    match cpu.read_ptr(cpu.ea(op), T::BYTES) {
+        Some(p) => {
+            let v = p.cast::<T>().read_unaligned().to_u64();
+            cpu.set_xmm((*op).dst, Xmm([v, 0]));
+            Op::run_next(cpu, op)
+        }
+        None => load_low_apart::<T>(cpu, op),
+    }
 }
 
 /// MOVLPS and MOVHPS from memory: one half changes.
 unsafe fn load_half<const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
+    match cpu.read_ptr(cpu.ea(op), 8) {
+        Some(p) => {
+            let v = p.cast::<u64>().read_unaligned();
+            cpu.xmm[(*op).dst as usize >> 4].0[HALF] = v;
+            Op::run_next(cpu, op)
+        }
+        None => load_half_apart::<HALF>(cpu, op),
+    }
+}
+
+/// Stores the low (`HALF` 0) or high part.
+unsafe fn store_part<T: Int, const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    available!(cpu, op);
+    match cpu.write_ptr(cpu.ea(op), T::BYTES) {
+        Some(p) => {
+            p.cast::<T>().write_unaligned(T::from_u64(cpu.xmm((*op).src).0[HALF]));
+            Op::run_next(cpu, op)
+        }
+        None => store_part_apart::<T, HALF>(cpu, op),
+    }
+}
+
+// What the handlers above end with when the TLB does not have the operand in one page: apart, so that they need no
+// stack frame.
+
+#[cold]
+#[inline(never)]
+unsafe fn load_apart(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    let v = t!(cpu, op, cpu.load128(cpu.ea(op)));
+    cpu.set_xmm((*op).dst, v);
+    Op::run_next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn store_apart(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    let v = cpu.xmm((*op).src);
+    t!(cpu, op, cpu.store128(cpu.ea(op), v));
+    Op::run_next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn load_low_apart<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    let v = t!(cpu, op, cpu.load::<T>(cpu.ea(op)));
+    cpu.set_xmm((*op).dst, Xmm([v.to_u64(), 0]));
+    Op::run_next(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+unsafe fn load_half_apart<const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = t!(cpu, op, cpu.load::<u64>(cpu.ea(op)));
     cpu.xmm[(*op).dst as usize >> 4].0[HALF] = v;
     Op::run_next(cpu, op)
 }
 
-unsafe fn store32(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
-    let v = cpu.xmm((*op).src).0[0] as u32;
-    t!(cpu, op, cpu.store::<u32>(cpu.ea(op), v));
-    Op::run_next(cpu, op)
-}
-
-unsafe fn store_half<const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
-    let v = cpu.xmm((*op).src).0[HALF];
-    t!(cpu, op, cpu.store::<u64>(cpu.ea(op), v));
+#[cold]
+#[inline(never)]
+unsafe fn store_part_apart<T: Int, const HALF: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+    let v = T::from_u64(cpu.xmm((*op).src).0[HALF]);
+    t!(cpu, op, cpu.store::<T>(cpu.ea(op), v));
     Op::run_next(cpu, op)
 }
 
 /// MOVSS register to register: 4 bytes change.
 unsafe fn merge32(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src).0[0];
     let d = &mut cpu.xmm[(*op).dst as usize >> 4].0[0];
     *d = *d >> 32 << 32 | v & 0xffff_ffff;
@@ -89,7 +140,7 @@ unsafe fn merge32(cpu: &mut Cpu, op: *const Op) -> *const Op {
 
 /// MOVSD, MOVHLPS, MOVLHPS register to register: half `FROM` of the source becomes half `TO`.
 unsafe fn merge64<const FROM: usize, const TO: usize>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src).0[FROM];
     cpu.xmm[(*op).dst as usize >> 4].0[TO] = v;
     Op::run_next(cpu, op)
@@ -97,42 +148,42 @@ unsafe fn merge64<const FROM: usize, const TO: usize>(cpu: &mut Cpu, op: *const 
 
 /// MOVQ register to register: the upper half becomes zero.
 unsafe fn low64(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
     Op::run_next(cpu, op)
 }
 
 unsafe fn from_gpr32(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.reg::<u32>((*op).src);
     cpu.set_xmm((*op).dst, Xmm([u64::from(v), 0]));
     Op::run_next(cpu, op)
 }
 
 unsafe fn from_gpr64(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.reg::<u64>((*op).src);
     cpu.set_xmm((*op).dst, Xmm([v, 0]));
     Op::run_next(cpu, op)
 }
 
 unsafe fn to_gpr32(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_reg::<u32>((*op).dst, v as u32);
     Op::run_next(cpu, op)
 }
 
 unsafe fn to_gpr64(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = cpu.xmm((*op).src).0[0];
     cpu.set_reg::<u64>((*op).dst, v);
     Op::run_next(cpu, op)
 }
 
 /// MOVNTI.
-unsafe fn movnti<T: crate::mem::Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
+unsafe fn movnti<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.reg::<T>((*op).src);
     t!(cpu, op, cpu.store::<T>(cpu.ea(op), v));
     Op::run_next(cpu, op)
@@ -140,7 +191,7 @@ unsafe fn movnti<T: crate::mem::Int>(cpu: &mut Cpu, op: *const Op) -> *const Op 
 
 /// MASKMOVDQU: bytes whose mask bit is set go to [RDI].
 unsafe fn maskmov(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let va = cpu.ea(op);
     let (v, mask) = (cpu.xmm((*op).dst), cpu.xmm((*op).src));
     t!(cpu, op, cpu.store_masked(va, v, mask, 16));
@@ -207,12 +258,12 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
             operands(insn, op);
             op.h = copy;
         }
-        Code::Movss_xmm_xmmm32 => op.h = if operands(insn, op) { load32 } else { merge32 },
-        Code::Movsd_xmm_xmmm64 => op.h = if operands(insn, op) { load64 } else { merge64::<0, 0> },
-        Code::Movq_xmm_xmmm64 => op.h = if operands(insn, op) { load64 } else { low64 },
+        Code::Movss_xmm_xmmm32 => op.h = if operands(insn, op) { load_low::<u32> } else { merge32 },
+        Code::Movsd_xmm_xmmm64 => op.h = if operands(insn, op) { load_low::<u64> } else { merge64::<0, 0> },
+        Code::Movq_xmm_xmmm64 => op.h = if operands(insn, op) { load_low::<u64> } else { low64 },
         Code::Movss_xmmm32_xmm => {
             op.src = xmm(insn.op1_register());
-            op.h = if memory { store32 } else { merge32 };
+            op.h = if memory { store_part::<u32, 0> } else { merge32 };
             if !memory {
                 op.dst = xmm(insn.op0_register());
             }
@@ -221,7 +272,7 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
             let q = insn.code() == Code::Movq_xmmm64_xmm;
             op.src = xmm(insn.op1_register());
             op.h = match (memory, q) {
-                (true, _) => store_half::<0>,
+                (true, _) => store_part::<u64, 0>,
                 (false, true) => low64,
                 (false, false) => merge64::<0, 0>,
             };
@@ -239,11 +290,11 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
         }
         Code::Movlps_m64_xmm | Code::Movlpd_m64_xmm => {
             op.src = xmm(insn.op1_register());
-            op.h = store_half::<0>;
+            op.h = store_part::<u64, 0>;
         }
         Code::Movhps_m64_xmm | Code::Movhpd_m64_xmm => {
             op.src = xmm(insn.op1_register());
-            op.h = store_half::<1>;
+            op.h = store_part::<u64, 1>;
         }
         Code::Movhlps_xmm_xmm => {
             operands(insn, op);
@@ -255,28 +306,28 @@ pub(super) fn lower(insn: &Instruction, op: &mut Op) -> Lowered {
         }
         Code::Movd_xmm_rm32 => {
             op.dst = xmm(insn.op0_register());
-            op.h = if memory { load32 } else { from_gpr32 };
+            op.h = if memory { load_low::<u32> } else { from_gpr32 };
             if !memory {
                 op.src = gpr(insn.op1_register());
             }
         }
         Code::Movq_xmm_rm64 => {
             op.dst = xmm(insn.op0_register());
-            op.h = if memory { load64 } else { from_gpr64 };
+            op.h = if memory { load_low::<u64> } else { from_gpr64 };
             if !memory {
                 op.src = gpr(insn.op1_register());
             }
         }
         Code::Movd_rm32_xmm => {
             op.src = xmm(insn.op1_register());
-            op.h = if memory { store32 } else { to_gpr32 };
+            op.h = if memory { store_part::<u32, 0> } else { to_gpr32 };
             if !memory {
                 op.dst = gpr(insn.op0_register());
             }
         }
         Code::Movq_rm64_xmm => {
             op.src = xmm(insn.op1_register());
-            op.h = if memory { store_half::<0> } else { to_gpr64 };
+            op.h = if memory { store_part::<u64, 0> } else { to_gpr64 };
             if !memory {
                 op.dst = gpr(insn.op0_register());
             }

@@ -6,7 +6,7 @@ use std::arch::asm;
 
 use iced_x86::{Code, Instruction};
 
-use super::{Run, gate, operands};
+use super::{Run, available, gate, operands};
 use crate::cpu::Cpu;
 use crate::decode::Lowered;
 use crate::op::Op;
@@ -23,38 +23,53 @@ trait Pair {
 }
 
 unsafe fn reg<O: Pair>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    let src = cpu.xmm_ptr((*op).src);
     if cpu.x87.gate & mask::<O>() != 0 {
-        return slow(cpu, op, O::run, src, O::FP);
+        return reg_apart(cpu, op, O::run, O::FP);
     }
+    let src = cpu.xmm_ptr((*op).src);
     O::run(cpu.xmm_ptr((*op).dst), src);
     Op::run_next(cpu, op)
 }
 
 unsafe fn mem<O: Pair>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    if cpu.x87.gate & mask::<O>() != 0 {
-        t!(cpu, op, cpu.vector_unavailable());
+    let va = cpu.ea(op);
+    if cpu.x87.gate & mask::<O>() == 0
+        && (O::BYTES < 16 || va & 15 == 0)
+        && let Some(src) = cpu.read_ptr(va, O::BYTES)
+    {
+        O::run(cpu.xmm_ptr((*op).dst), src);
+        return Op::run_next(cpu, op);
     }
-    let src = match O::BYTES {
-        16 => t!(cpu, op, cpu.source::<true, 16, true>(op)),
-        8 => t!(cpu, op, cpu.source::<true, 8, false>(op)),
-        4 => t!(cpu, op, cpu.source::<true, 4, false>(op)),
-        _ => t!(cpu, op, cpu.source::<true, 2, false>(op)),
-    };
-    if cpu.x87.gate & mask::<O>() != 0 {
-        return slow(cpu, op, O::run, src, O::FP);
-    }
-    O::run(cpu.xmm_ptr((*op).dst), src);
-    Op::run_next(cpu, op)
+    mem_apart(cpu, op, O::run, O::FP, O::BYTES)
 }
 
 fn mask<O: Pair>() -> u8 {
     gate::UD | gate::NM | if O::FP { gate::XM } else { 0 }
 }
 
-/// Executes with the checks that an open gate spares.
+/// Ends `mem` with the checks and slow accesses that it does not do itself.
 #[cold]
-pub(super) unsafe fn slow(cpu: &mut Cpu, op: *const Op, run: Run, src: *const u8, fp: bool) -> *const Op {
+#[inline(never)]
+unsafe fn mem_apart(cpu: &mut Cpu, op: *const Op, run: Run, fp: bool, bytes: u64) -> *const Op {
+    t!(cpu, op, cpu.vector_available());
+    let va = cpu.ea(op);
+    if bytes == 16 && va & 15 != 0 {
+        return cpu.alignment_fault(op);
+    }
+    cpu.x87.operand = t!(cpu, op, cpu.source_slow(va, bytes));
+    let src = (&raw const cpu.x87.operand).cast();
+    execute(cpu, op, run, src, fp)
+}
+
+/// Ends `reg` likewise.
+#[cold]
+#[inline(never)]
+unsafe fn reg_apart(cpu: &mut Cpu, op: *const Op, run: Run, fp: bool) -> *const Op {
+    let src = cpu.xmm_ptr((*op).src);
+    execute(cpu, op, run, src, fp)
+}
+
+unsafe fn execute(cpu: &mut Cpu, op: *const Op, run: Run, src: *const u8, fp: bool) -> *const Op {
     let old = cpu.xmm((*op).dst);
     if fp {
         let check = t!(cpu, op, cpu.fp_begin());
@@ -63,7 +78,7 @@ pub(super) unsafe fn slow(cpu: &mut Cpu, op: *const Op, run: Run, src: *const u8
             t!(cpu, op, cpu.fp_end_or_restore((*op).dst, old));
         }
     } else {
-        t!(cpu, op, cpu.vector_begin());
+        available!(cpu, op);
         run(cpu.xmm_ptr((*op).dst), src);
     }
     Op::run_next(cpu, op)
@@ -316,7 +331,7 @@ unsafe fn blend_run<const KIND: u8>(dst: *mut u8, src: *const u8, mask: *const u
 }
 
 unsafe fn blend_op<const KIND: u8, const MEM: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let src = t!(cpu, op, cpu.source::<MEM, 16, true>(op));
     let mask = cpu.xmm_ptr(0);
     blend_run::<KIND>(cpu.xmm_ptr((*op).dst), src, mask);

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction};
 
-use super::{CR0_EM, CR0_TS, MXCSR_VALID};
+use super::{CR0_EM, CR0_TS, MXCSR_VALID, available};
 use crate::cpu::{Cpu, Trap, Xmm, vector};
 use crate::decode::Lowered;
 use crate::op::Op;
@@ -12,7 +12,7 @@ use crate::ops::t;
 const IMAGE: usize = 416;
 
 unsafe fn ldmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     let v = t!(cpu, op, cpu.load::<u32>(cpu.ea(op)));
     if v & !MXCSR_VALID != 0 {
         cpu.raise(vector::GP, Some(0));
@@ -23,7 +23,7 @@ unsafe fn ldmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
 }
 
 unsafe fn stmxcsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
-    t!(cpu, op, cpu.vector_begin());
+    available!(cpu, op);
     cpu.sync_mxcsr();
     let v = cpu.mxcsr;
     t!(cpu, op, cpu.store::<u32>(cpu.ea(op), v));

@@ -282,7 +282,7 @@ unsafe fn read_cr(cpu: &mut Cpu, op: *const Op) -> *const Op {
         _ => cpu.bus.map_or(0, |mut bus| u64::from(bus.as_mut().task_priority())),
     };
     cpu.set_slot((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV CRn, r64.
@@ -323,7 +323,7 @@ unsafe fn read_dr(cpu: &mut Cpu, op: *const Op) -> *const Op {
         n => cpu.ctl.dr[usize::from(n & 3)],
     };
     cpu.set_slot((*op).dst, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV DRn, r64.
@@ -353,14 +353,14 @@ unsafe fn clts(cpu: &mut Cpu, op: *const Op) -> *const Op {
 /// SMSW to a register.
 unsafe fn store_status_word<T: crate::mem::Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.set_reg((*op).dst, T::from_u64(cpu.ctl.cr0));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SMSW to memory.
 unsafe fn store_status_word_mem(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let va = cpu.ea(op);
     t!(cpu, op, cpu.store(va, cpu.ctl.cr0 as u16));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LMSW: MP, EM and TS; PE can only be set, and is.
@@ -388,7 +388,7 @@ unsafe fn rdmsr(cpu: &mut Cpu, op: *const Op) -> *const Op {
     };
     cpu.set_reg(reg::RAX, v as u32);
     cpu.set_reg(reg::RDX, (v >> 32) as u32);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// WRMSR.

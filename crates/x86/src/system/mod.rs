@@ -240,7 +240,7 @@ unsafe fn push_flags<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let flags = cpu.rflags() & !(bit::VM | bit::RF);
     t!(cpu, op, cpu.store(sp, T::from_u64(flags)));
     cpu.set_slot(reg::RSP, sp);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// POPF. A set IF or TF must be noticed, so the sequence ends there.
@@ -262,7 +262,7 @@ unsafe fn pop_flags<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.fl.set_bits(new);
     change &= !bit::ARITHMETIC;
     cpu.rflags = old & !change | new & change;
-    if cpu.rflags & !old & (bit::IF | bit::TF) != 0 { cpu.end(op, cpu.next_rip(op)) } else { Op::next(op) }
+    if cpu.rflags & !old & (bit::IF | bit::TF) != 0 { cpu.end(op, cpu.next_rip(op)) } else { Op::run_next(cpu, op) }
 }
 
 /// CLI.
@@ -272,7 +272,7 @@ unsafe fn cli(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.trap(op);
     }
     cpu.rflags &= !bit::IF;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// STI: interrupts are taken after the instruction that follows.
@@ -282,7 +282,7 @@ unsafe fn sti(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.trap(op);
     }
     if cpu.rflags & bit::IF != 0 {
-        return Op::next(op);
+        return Op::run_next(cpu, op);
     }
     cpu.rflags |= bit::IF;
     cpu.inhibit = true;
@@ -302,7 +302,7 @@ unsafe fn hlt(cpu: &mut Cpu, op: *const Op) -> *const Op {
 /// INVD, WBINVD: there is no cache to speak of.
 unsafe fn privileged_nop(cpu: &mut Cpu, op: *const Op) -> *const Op {
     t!(cpu, op, cpu.need_ring0());
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// CPUID.
@@ -314,7 +314,7 @@ unsafe fn cpuid(cpu: &mut Cpu, op: *const Op) -> *const Op {
             cpu.set_reg(r, v);
         }
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// RDTSC, RDTSCP.
@@ -331,7 +331,7 @@ unsafe fn rdtsc<const P: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     if P {
         cpu.set_reg(reg::RCX, cpu.ctl.tsc_aux as u32);
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SWAPGS.
@@ -340,14 +340,14 @@ unsafe fn swapgs(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let base = cpu.slot(reg::GS);
     cpu.set_slot(reg::GS, cpu.ctl.kernel_gs_base);
     cpu.ctl.kernel_gs_base = base;
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV r, Sreg: `T` says whether the upper bits are cleared.
 unsafe fn store_selector<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.segs[usize::from((*op).aux)].selector;
     cpu.set_reg((*op).dst, T::from_u64(u64::from(v)));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// MOV m16, Sreg.
@@ -355,7 +355,7 @@ unsafe fn store_selector_mem(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = cpu.segs[usize::from((*op).aux)].selector;
     let va = cpu.ea(op);
     t!(cpu, op, cpu.store(va, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// Reads a selector operand: `src`, or with `M` memory.
@@ -372,7 +372,7 @@ unsafe fn selector<const M: bool>(cpu: &mut Cpu, op: *const Op) -> Result<u16, T
 /// Goes on after a load of the segment register in `aux`: a load of SS holds events off.
 unsafe fn after_load(cpu: &mut Cpu, op: *const Op) -> *const Op {
     if usize::from((*op).aux) != seg::SS {
-        return Op::next(op);
+        return Op::run_next(cpu, op);
     }
     cpu.inhibit = true;
     cpu.system.stack_shadow = true;
@@ -392,7 +392,7 @@ unsafe fn push_selector<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let sp = cpu.slot(reg::RSP).wrapping_sub(T::BYTES);
     t!(cpu, op, cpu.store(sp, T::from_u64(v)));
     cpu.set_slot(reg::RSP, sp);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// POP FS, POP GS.
@@ -401,7 +401,7 @@ unsafe fn pop_selector<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = t!(cpu, op, cpu.load::<T>(sp)).to_u64() as u16;
     t!(cpu, op, cpu.load_segment(usize::from((*op).aux), v));
     cpu.set_slot(reg::RSP, sp.wrapping_add(T::BYTES));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LSS, LFS, LGS.
@@ -421,7 +421,7 @@ unsafe fn store_table<const I: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op 
     t!(cpu, op, cpu.probe_write(va, 10));
     t!(cpu, op, cpu.store(va, table.limit));
     t!(cpu, op, cpu.store(va.wrapping_add(2), table.base));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LGDT, or with `I` LIDT.
@@ -440,14 +440,14 @@ unsafe fn load_table<const I: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     } else {
         cpu.gdtr = table;
     }
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SLDT, or with `aux` STR, to a register.
 unsafe fn store_system_selector<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = if (*op).aux != 0 { cpu.tr.selector } else { cpu.ldtr.selector };
     cpu.set_reg((*op).dst, T::from_u64(u64::from(v)));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// SLDT, STR to memory.
@@ -455,7 +455,7 @@ unsafe fn store_system_selector_mem(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let v = if (*op).aux != 0 { cpu.tr.selector } else { cpu.ldtr.selector };
     let va = cpu.ea(op);
     t!(cpu, op, cpu.store(va, v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LLDT, or with `aux` LTR.
@@ -463,7 +463,7 @@ unsafe fn load_system_selector<const M: bool>(cpu: &mut Cpu, op: *const Op) -> *
     t!(cpu, op, cpu.need_ring0());
     let v = t!(cpu, op, selector::<M>(cpu, op));
     t!(cpu, op, if (*op).aux != 0 { cpu.load_tr(v) } else { cpu.load_ldtr(v) });
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// VERR, or with `aux` VERW.
@@ -478,7 +478,7 @@ unsafe fn verify<const M: bool>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         (false, false) => s.is_data(),
     });
     cpu.fl.set_zf(ok);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// LAR, or with `aux` LSL.
@@ -496,7 +496,7 @@ unsafe fn describe<T: Int, const M: bool>(cpu: &mut Cpu, op: *const Op) -> *cons
         cpu.set_reg((*op).dst, T::from_u64(r));
     }
     cpu.fl.set_zf(result.is_some());
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// RDFSBASE, RDGSBASE: `aux` is the slot.
@@ -507,7 +507,7 @@ unsafe fn read_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     }
     let v = cpu.slot((*op).aux);
     cpu.set_reg((*op).dst, T::from_u64(v));
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// WRFSBASE, WRGSBASE.
@@ -522,7 +522,7 @@ unsafe fn write_base<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
         return cpu.trap(op);
     }
     cpu.set_slot((*op).aux, v);
-    Op::next(op)
+    Op::run_next(cpu, op)
 }
 
 /// RDRAND, RDSEED: CF says whether there was a number; the other flags are cleared.
@@ -530,5 +530,5 @@ unsafe fn random<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     let word = cpu.random_word();
     cpu.set_reg((*op).dst, T::from_u64(word.unwrap_or(0)));
     cpu.fl.set_bits(if word.is_some() { bit::CF } else { 0 });
-    Op::next(op)
+    Op::run_next(cpu, op)
 }

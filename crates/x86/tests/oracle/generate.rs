@@ -87,8 +87,9 @@ fn set_memory(insn: &mut Instruction, size: u64, operands: Operands, rng: &mut R
                 insn.set_memory_displ_size(4);
             }
             _ => {
+                let aligned = if size >= 16 { small & !15 } else { small };
                 insn.set_memory_base(Register::R14);
-                insn.set_memory_displacement64(small);
+                insn.set_memory_displacement64(aligned);
                 insn.set_memory_displ_size(1);
             }
         }

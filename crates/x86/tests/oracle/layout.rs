@@ -4,8 +4,10 @@
 
 pub(crate) const PAGE: u64 = 4096;
 
-/// The page that holds the code under test.
+/// The pages that hold the code under test.
 pub(crate) const CODE: u64 = 0x2000_0000;
+pub(crate) const CODE_PAGES: u64 = 2;
+pub(crate) const CODE_BYTES: usize = (CODE_PAGES * PAGE) as usize;
 /// The pages that memory operands lie in; the pages around them are not mapped.
 pub(crate) const DATA: u64 = CODE + 0x1_0000;
 pub(crate) const DATA_PAGES: u64 = 3;

@@ -5,6 +5,7 @@ pub(crate) mod generate;
 pub(crate) mod layout;
 pub(crate) mod native;
 pub(crate) mod rng;
+pub(crate) mod sequence;
 pub(crate) mod soft;
 
 use std::fmt::Write;

@@ -7,7 +7,7 @@ use std::arch::global_asm;
 use std::mem::zeroed;
 use std::ptr::{self, copy_nonoverlapping};
 
-use super::layout::{CODE, CONTEXT, DATA, DATA_BYTES, GS, Outcome, PAGE, State};
+use super::layout::{CODE, CODE_BYTES, CONTEXT, DATA, DATA_BYTES, GS, Outcome, PAGE, State};
 
 /// Lives at address [`CONTEXT`], where the assembly finds it without a register.
 #[repr(C, align(64))]
@@ -152,7 +152,7 @@ fn map(address: u64, bytes: u64, protection: i32) {
 impl Native {
     pub(crate) fn new() -> Native {
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        map(CODE, PAGE, rw | libc::PROT_EXEC);
+        map(CODE, CODE_BYTES as u64, rw | libc::PROT_EXEC);
         map(DATA, DATA_BYTES as u64, rw);
         map(CONTEXT, PAGE, rw);
         let mut stack = vec![0u8; 256 << 10];
@@ -177,10 +177,10 @@ impl Native {
         }
     }
 
-    /// Puts code at an offset of the code page.
+    /// Puts code at an offset of the code pages.
     pub(crate) fn set_code(&mut self, offset: u64, bytes: &[u8]) {
-        assert!(offset as usize + bytes.len() <= PAGE as usize);
-        // SAFETY: inside the code page, which is writable.
+        assert!(offset as usize + bytes.len() <= CODE_BYTES);
+        // SAFETY: inside the code pages, which are writable.
         unsafe { copy_nonoverlapping(bytes.as_ptr(), (CODE + offset) as *mut u8, bytes.len()) };
     }
 
@@ -221,7 +221,7 @@ impl Drop for Native {
                 libc::sigaction(*signal, action, ptr::null_mut());
             }
             libc::sigaltstack(&raw const self.old_stack, ptr::null_mut());
-            libc::munmap(CODE as *mut libc::c_void, PAGE as usize);
+            libc::munmap(CODE as *mut libc::c_void, CODE_BYTES);
             libc::munmap(DATA as *mut libc::c_void, DATA_BYTES);
             libc::munmap(CONTEXT as *mut libc::c_void, PAGE as usize);
         }

@@ -9,7 +9,9 @@ use std::sync::atomic::AtomicU8;
 use amber_x86::state::{CpuState, SegmentState, TableState};
 use amber_x86::{Bus, Cpu, Exit, GuestRam, PageFlags};
 
-use super::layout::{CODE, DATA, DATA_BYTES, DATA_PAGES, GS, KERNEL, Outcome, PAGE, State};
+use super::layout::{
+    CODE, CODE_BYTES, CODE_PAGES, DATA, DATA_BYTES, DATA_PAGES, GS, KERNEL, Outcome, PAGE, State,
+};
 
 /// Page indices of the guest's RAM.
 mod page {
@@ -20,8 +22,8 @@ mod page {
     pub(crate) const TABLES: u64 = 4;
     pub(crate) const HANDLERS: u64 = 5;
     pub(crate) const STACK: u64 = 6;
-    pub(crate) const CODE: u64 = 7;
-    /// In falling order, so that an operand across two virtual pages is in two places.
+    pub(crate) const CODE_LAST: u64 = 9;
+    /// Code and data are in falling order, so that what lies across two virtual pages is in two places.
     pub(crate) const DATA_LAST: u64 = 12;
     pub(crate) const COUNT: u64 = 16;
 }
@@ -170,7 +172,9 @@ impl Soft {
         let map = |soft: &mut Soft, va: u64, page: u64, flags: u64| {
             soft.put64(page::PT * PAGE + (va >> 12 & 511) * 8, page * PAGE | flags);
         };
-        map(self, CODE, page::CODE, 7);
+        for i in 0..CODE_PAGES {
+            map(self, CODE + i * PAGE, page::CODE_LAST - i, 7);
+        }
         for i in 0..DATA_PAGES {
             map(self, DATA + i * PAGE, page::DATA_LAST - i, 7);
         }
@@ -205,10 +209,14 @@ impl Soft {
         }
     }
 
-    /// Puts code at an offset of the code page.
+    /// Puts code at an offset of the code pages.
     pub(crate) fn set_code(&mut self, offset: u64, bytes: &[u8]) {
-        self.put(page::CODE * PAGE + offset, bytes);
-        self.ram.written.lock().unwrap().push(page::CODE);
+        for (i, &b) in bytes.iter().enumerate() {
+            let at = offset + i as u64;
+            assert!(at < CODE_BYTES as u64);
+            self.put((page::CODE_LAST - at / PAGE) * PAGE + at % PAGE, &[b]);
+        }
+        self.ram.written.lock().unwrap().extend((0..CODE_PAGES).map(|i| page::CODE_LAST - i));
         self.cpu.kick().code_written();
     }
 

@@ -1,0 +1,192 @@
+#!/usr/bin/env node
+// `npm run bench`: everything that is promised about speed, measured by one command, with the peer in the same run.
+//
+//   cpu        the software CPU against QEMU TCG: same kernel, same root file system (tier dev), same work, in turn
+//   snapshots  create, first output, createSnapshot, sizes, memory and CPU of idle copies, through the public API
+//
+// node bench/run.mjs [cpu|snapshots] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
+
+import { spawn } from 'node:child_process'
+import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
+import { cpus, tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { bootQemu, haveQemu } from '../scripts/guest/qemu.mjs'
+import { kernelPaths, rootfsPaths } from '../scripts/guest/paths.mjs'
+import { heading, main, root, run, ScriptError } from '../scripts/progress.mjs'
+import { setup } from '../scripts/setup.mjs'
+
+// Written without double quotes: it travels on a kernel command line.
+const WORK = {
+  'python3 start, first': `python3 -c 'print(1)'`,
+  'python3 start, second': `python3 -c 'print(1)'`,
+  '1000 x fork+exec /bin/true in sh': `sh -c 'i=0; while [ $i -lt 1000 ]; do /bin/true; i=$((i+1)); done'`,
+  'python loop, 3 M rounds': `python3 -c 'sum(i*i for i in range(3000000))'`,
+  'gcc -O2 of 40 functions': `for i in {1..40}; do echo int f$i'(int x){int s=0;for(int i=0;i<x;i++)s+=i*x%'$((i+2))';return s;}'; done > /tmp/a.c; gcc -O2 -c /tmp/a.c -o /tmp/a.o`,
+}
+
+const SCRIPT = [
+  ...Object.values(WORK).flatMap((work, i) => [`echo @@begin${i}`, work, `echo @@end${i}`]),
+  'echo @@done',
+].join('; ')
+
+const median = (values) => quantile(values, 0.5)
+function quantile(values, q) {
+  const sorted = [...values].sort((a, b) => a - b)
+  return sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))]
+}
+const ms = (v) => `${v.toFixed(1)} ms`
+const s = (v) => `${v.toFixed(2)} s`
+
+/** Seconds of each piece of work, from the time its marks came over the console. */
+function intervals(lines) {
+  const at = new Map(lines.map(({ text, seconds }) => [text, seconds]))
+  if (!at.has('@@done')) throw new ScriptError(`The work did not finish:\n${lines.map((l) => l.text).join('\n')}`)
+  return Object.keys(WORK).map((_, i) => at.get(`@@end${i}`) - at.get(`@@begin${i}`))
+}
+
+/** Boots our own machine with the `boot` tool and returns its console lines and total seconds. */
+function bootOurs(tool, kernel, disk, init) {
+  return new Promise((done, fail) => {
+    const args = ['--kernel', kernel, '--rootfs', disk, '--params', 'quiet', '--seconds', '600', '--init', init]
+    const child = spawn(tool, args, { stdio: ['ignore', 'pipe', 'pipe'] })
+    let out = ''
+    let err = ''
+    child.stdout.on('data', (data) => (out += data))
+    child.stderr.on('data', (data) => (err += data))
+    child.on('error', fail)
+    child.on('close', () => {
+      const lines = out.split('\n').map((line) => {
+        const [, seconds, text] = /^\s*([\d.]+) (.*?)\r?$/.exec(line) ?? []
+        return { text, seconds: Number(seconds) }
+      })
+      const seconds = Number(/^wall ([\d.]+) s/m.exec(err)?.[1])
+      const instructions = Number(/, (\d+) instructions/.exec(err)?.[1])
+      done({ lines, seconds, instructions })
+    })
+  })
+}
+
+async function cpuBench(rounds) {
+  heading('\n== The software CPU against QEMU TCG (-cpu max, one vCPU, 512 MiB, ASLR on)')
+  if (!haveQemu()) throw new ScriptError('QEMU is missing. Run: apt-get install -y --no-install-recommends qemu-system-x86')
+  await run(process.execPath, ['scripts/guest/build.mjs', 'rootfs', '--tier', 'dev'], { inherit: true })
+  await run('cargo', ['build', '--release', '--locked', '--example', 'boot'], { inherit: true })
+  const kernel = kernelPaths().vmlinux
+  const disk = rootfsPaths('dev').image
+  const tool = join(root, 'target', 'release', 'examples', 'boot')
+  const names = ['kernel boot to the end of init (/bin/true)', ...Object.keys(WORK)]
+  const ours = names.map(() => [])
+  const theirs = names.map(() => [])
+  const instructions = []
+  for (let round = 0; round < rounds; round++) {
+    process.stdout.write(`  round ${round + 1} of ${rounds}: ours`)
+    const boot = await bootOurs(tool, kernel, disk, '/bin/true')
+    const work = await bootOurs(tool, kernel, disk, `/bin/bash -- -c "mount -t proc proc /proc; ${SCRIPT}"`)
+    instructions.push(boot.instructions)
+    ;[boot.seconds, ...intervals(work.lines)].forEach((v, i) => ours[i].push(v))
+    process.stdout.write(', QEMU')
+    const qemuBoot = await bootQemu({ kernel, disk, script: '', append: 'init=/bin/true' })
+    const qemuWork = await bootQemu({ kernel, disk, script: SCRIPT })
+    ;[qemuBoot.seconds, ...intervals(qemuWork.lines)].forEach((v, i) => theirs[i].push(v))
+    process.stdout.write('\n')
+  }
+  heading(`${'median of ' + rounds + ' rounds in turn'.padEnd(30)}`.padEnd(46) + 'Amberbox      QEMU     ratio (pair by pair)')
+  names.forEach((name, i) => {
+    const ratios = ours[i].map((v, k) => v / theirs[i][k])
+    const range = `${median(ratios).toFixed(2)} (${Math.min(...ratios).toFixed(2)}-${Math.max(...ratios).toFixed(2)})`
+    heading(`${name.padEnd(44)} ${s(median(ours[i])).padStart(9)} ${s(median(theirs[i])).padStart(9)}     ${range}`)
+  })
+  heading(`instructions of our boot: ${(median(instructions) / 1e6).toFixed(1)} M (with the wait for the LAPIC timer's calibration)`)
+}
+
+const pss = () => Number(/^Pss:\s+(\d+)/m.exec(readFileSync('/proc/self/smaps_rollup', 'utf8'))[1]) * 1024
+const sleep = (t) => new Promise((done) => setTimeout(done, t))
+
+/** Bytes on disk below a directory, each inode once. */
+function diskUsage(dir) {
+  const seen = new Set()
+  let bytes = 0
+  for (const entry of readdirSync(dir, { recursive: true, withFileTypes: true })) {
+    if (!entry.isFile()) continue
+    const { ino, blocks } = statSync(join(entry.parentPath, entry.name))
+    if (!seen.has(ino)) bytes += blocks * 512
+    seen.add(ino)
+  }
+  return bytes
+}
+
+async function snapshotBench() {
+  heading('\n== Sandboxes and snapshots (512 MiB guest, public API)')
+  const home = mkdtempSync(join(tmpdir(), 'amberbox-bench-'))
+  process.env.AMBERBOX_HOME = home
+  const { Sandbox } = await import('../index.mjs')
+  const show = (name, value) => heading(`${name.padEnd(58)} ${value}`)
+  const distribution = (values) => `p50 ${ms(median(values))}, p95 ${ms(quantile(values, 0.95))} (n=${values.length})`
+  const timed = async (body) => {
+    const began = performance.now()
+    const result = await body()
+    return [performance.now() - began, result]
+  }
+  try {
+    const [first, sandbox] = await timed(() => Sandbox.create())
+    show('first Sandbox.create() of the process and the store', ms(first))
+    const [echoFirst] = await timed(() => sandbox.commands.run('echo hi'))
+    show('its first echo', ms(echoFirst))
+
+    const before = diskUsage(home)
+    const [took, snapshot] = await timed(() => sandbox.createSnapshot())
+    show('createSnapshot() of a fresh sandbox', `${ms(took)}, ${((diskUsage(home) - before) / 1e6).toFixed(2)} MB on disk`)
+    const [again] = await timed(() => sandbox.createSnapshot())
+    show('createSnapshot() again', ms(again))
+
+    const created = []
+    const echoed = []
+    for (let i = 0; i < 30; i++) {
+      const began = performance.now()
+      const copy = await Sandbox.create(snapshot.snapshotId)
+      created.push(performance.now() - began)
+      let heard
+      await copy.commands.run('echo hi', { onStdout: () => (heard ??= performance.now() - began) })
+      echoed.push(heard)
+      await copy.kill()
+    }
+    show('Sandbox.create(snapshot) resolved', distribution(created))
+    show('Sandbox.create(snapshot) to the first byte of echo', distribution(echoed))
+
+    const live = []
+    for (let i = 0; i < 30; i++) live.push((await timed(() => sandbox.commands.run('true')))[0])
+    show("commands.run('true') in a live sandbox", distribution(live))
+
+    const N = 20
+    const warm = await Sandbox.create(snapshot.snapshotId)
+    const base = pss()
+    const [together, copies] = await timed(() =>
+      Promise.all(Array.from({ length: N }, () => Sandbox.create(snapshot.snapshotId))),
+    )
+    show(`${N} copies created at once`, ms(together))
+    show('memory (PSS) of an idle copy beyond what all share', `${((pss() - base) / N / 2 ** 20).toFixed(1)} MiB`)
+    const [all] = await timed(() => Promise.all(copies.map((copy) => copy.commands.run('echo hi'))))
+    show(`echo in ${N} copies at once`, ms(all))
+    show('memory (PSS) of a copy after its echo', `${((pss() - base) / N / 2 ** 20).toFixed(1)} MiB`)
+    await sleep(2000)
+    const usage = process.cpuUsage()
+    await sleep(5000)
+    const { user, system } = process.cpuUsage(usage)
+    show(`CPU of ${N + 2} idle sandboxes`, `${((user + system) / 5e6 * 100).toFixed(2)} % of one core`)
+    await Promise.all([sandbox, warm, ...copies].map((each) => each.kill()))
+    await Sandbox.deleteSnapshot(snapshot.snapshotId)
+  } finally {
+    rmSync(home, { recursive: true, force: true })
+  }
+}
+
+await main(async () => {
+  process.chdir(root)
+  const { values, positionals } = parseArgs({ allowPositionals: true, options: { rounds: { type: 'string', default: '3' } } })
+  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots']
+  await setup()
+  heading(`\nHost: ${cpus().length} x ${cpus()[0].model}, Node ${process.version}`)
+  if (wanted.includes('cpu')) await cpuBench(Number(values.rounds))
+  if (wanted.includes('snapshots')) await snapshotBench()
+})
