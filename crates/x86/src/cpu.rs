@@ -257,6 +257,16 @@ pub struct Cpu {
 // `bus`, are set only for the length of `run`.
 unsafe impl Send for Cpu {}
 
+/// A CPU inside [`Cpu::run`]; leaving it, by unwinding too, gives the host its floating-point environment back.
+struct Guest<'a>(&'a mut Cpu);
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        self.0.leave_guest_fp();
+        self.0.bus = None;
+    }
+}
+
 /// Instructions between two calls of [`Bus::poll`].
 const POLL_INTERVAL: u64 = 10_000;
 
@@ -340,18 +350,18 @@ impl Cpu {
     }
 
     /// Runs the guest until something needs the caller, but for no more than about `budget` instructions.
+    ///
+    /// The calling thread holds the guest's rounding modes meanwhile, also in calls to the bus and to [`GuestRam`]: these
+    /// must not depend on floating-point arithmetic, nor start threads, which would inherit them.
     pub fn run(&mut self, bus: &mut dyn Bus, budget: u64) -> Exit {
         let bus: *mut dyn Bus = bus;
-        // SAFETY: only the lifetime changes; the pointer is removed before `run` returns, or never used again if a bus
-        // panics.
+        // SAFETY: only the lifetime changes; the pointer is removed before `run` returns or unwinds.
         self.bus =
             NonNull::new(unsafe { std::mem::transmute::<*mut dyn Bus, *mut (dyn Bus + 'static)>(bus) });
         self.enter_guest_fp();
+        let guest = Guest(self);
         // SAFETY: `bus` is set for the length of the call.
-        let exit = unsafe { self.run_loop(budget) };
-        self.leave_guest_fp();
-        self.bus = None;
-        exit
+        unsafe { guest.0.run_loop(budget) }
     }
 
     unsafe fn bus_mut(&mut self) -> Option<&mut dyn Bus> {
