@@ -205,7 +205,8 @@ pub struct Cpu {
     /// The kick word, shared with [`Kick`] handles.
     pub(crate) kick: *const AtomicU32,
     pub(crate) jump_cache: Box<[JumpEntry; JUMP_CACHE]>,
-    /// 0 in supervisor mode, 1 << 62 in user mode: keeps one mode from jumping into the other's sequences.
+    /// 0 in supervisor mode; in user mode 1 << 62 and above bit 48 the generation of user translations (see `mmu`): keeps
+    /// one mode, and one address space, from jumping into the sequences of another.
     pub(crate) mode_key: u64,
     pub(crate) xmm: [Xmm; 16],
     pub(crate) mxcsr: u32,
