@@ -40,14 +40,15 @@ pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
     let id = id::sandbox_id()?;
     let CreateRequest { places, template, metadata, envs, life } = request;
     let home = places.home.clone();
-    let (store, meta, orphan) = blocking(move || {
+    let (store, meta, snapshot, orphan) = blocking(move || {
         let store = stores::open(&places.home)?;
         let meta = template::resolve(&store, &places, &template)?;
         let snapshot = store.open_tagged(&meta.id, &meta.tag)?;
         let vm = machine::restore(&snapshot, store.dir())?;
-        Ok((store, meta, Orphan::new(vm)))
+        Ok((store, meta, snapshot, Orphan::new(vm)))
     })
     .await?;
+    stores::keep_warm(snapshot);
     identify(&**orphan.vm(), &id, envs).await?;
     let vm = orphan.adopt();
     let identity = Identity {

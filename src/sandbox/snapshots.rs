@@ -151,6 +151,7 @@ pub async fn delete_snapshot(home: PathBuf, name: String) -> Result<bool, Error>
                 ),
             });
         }
+        stores::cool(&meta.id);
         Ok(store.delete(&meta.id)?)
     })
     .await

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use amber_layers::{FormatError, ImageError, Store, StoreError};
+use amber_layers::{FormatError, ImageError, Snapshot, SnapshotId, Store, StoreError};
 
 use super::Error;
 
@@ -31,6 +32,37 @@ pub(super) fn open(home: &Path) -> Result<Arc<Store>, Error> {
     let store = Arc::new(Store::open(home)?);
     stores.insert(home.to_owned(), Arc::clone(&store));
     Ok(store)
+}
+
+/// How long a snapshot stays open after a sandbox was created from it, so that the next one finds its pages decoded.
+/// Short, because meanwhile no other process can delete it.
+const WARM: Duration = Duration::from_secs(10);
+/// At most this many are kept open.
+const WARM_SNAPSHOTS: usize = 4;
+
+static WARM_LIST: LazyLock<Mutex<Vec<(Instant, Arc<Snapshot>)>>> = LazyLock::new(Mutex::default);
+
+fn with_warm<T>(body: impl FnOnce(&mut Vec<(Instant, Arc<Snapshot>)>) -> T) -> T {
+    body(&mut WARM_LIST.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Keeps a snapshot open for a while. Must run on a tokio runtime.
+pub(super) fn keep_warm(snapshot: Arc<Snapshot>) {
+    with_warm(|list| {
+        list.retain(|(_, other)| !Arc::ptr_eq(other, &snapshot));
+        list.push((Instant::now(), snapshot));
+        let excess = list.len().saturating_sub(WARM_SNAPSHOTS);
+        list.drain(..excess);
+    });
+    tokio::spawn(async {
+        tokio::time::sleep(WARM).await;
+        with_warm(|list| list.retain(|(used, _)| used.elapsed() < WARM));
+    });
+}
+
+/// Closes what is only kept open by [`keep_warm`], because it is to be deleted.
+pub(super) fn cool(id: &SnapshotId) {
+    with_warm(|list| list.retain(|(_, snapshot)| snapshot.meta().id != *id));
 }
 
 /// The message with its causes, which the layers keep apart.
