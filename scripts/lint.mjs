@@ -1,22 +1,27 @@
 #!/usr/bin/env node
-// `npm run lint`: formatting and static checks of everything, without building the guest.
+// `npm run lint`: formatting and static checks of everything, without building the guest. All checks run, whatever fails.
 
-import { main, npmPackages, root, run, step, tool } from './progress.mjs'
+import { main, npmPackages, root, run, ScriptError, step, tool } from './progress.mjs'
+
+const node = process.execPath
 
 await main(async () => {
   process.chdir(root)
   await npmPackages()
-  await step('rustfmt', async () => void (await run('cargo', ['fmt', '--all', '--check'])))
-  await step(
-    'prettier',
-    async () => void (await run(process.execPath, [tool('prettier', 'bin', 'prettier.cjs'), '--check', '.'])),
-  )
-  await step(
-    'types (tsc)',
-    async () => void (await run(process.execPath, [tool('typescript', 'bin', 'tsc'), '-p', '.'])),
-  )
-  await step('clippy', async (note) => {
-    const args = ['clippy', '--workspace', '--all-targets', '--locked', '--', '-D', 'warnings']
-    await run('cargo', args, { onLine: (line) => note(line.trim()) })
-  })
+  const failures = []
+  const check = async (name, command, args) => {
+    try {
+      await step(name, async (note) => {
+        await run(command, args, { onLine: (line) => note(line.trim()) })
+      })
+    } catch (error) {
+      if (!(error instanceof ScriptError)) throw error
+      failures.push(error.message)
+    }
+  }
+  await check('rustfmt', 'cargo', ['fmt', '--all', '--check'])
+  await check('prettier', node, [tool('prettier', 'bin', 'prettier.cjs'), '--check', '.'])
+  await check('types (tsc)', node, [tool('typescript', 'bin', 'tsc'), '-p', '.'])
+  await check('clippy', 'cargo', ['clippy', '--workspace', '--all-targets', '--locked', '--', '-D', 'warnings'])
+  if (failures.length > 0) throw new ScriptError(failures.join('\n\n'))
 })

@@ -27,7 +27,7 @@ function checkHost() {
 /** Sets everything up; returns the directory of the base template. */
 export async function setup() {
   const began = Date.now()
-  heading('Setting up Amberbox (the first time takes about 15 minutes, most of it for the guest kernel)')
+  heading('Setting up Amberbox: what is there already is reused; the first time takes about 15 minutes')
   checkHost()
   const addon = await buildAddon()
   const agent = await buildAgent()

@@ -13,7 +13,9 @@ use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
 use crate::machine::soft::Soft;
-use crate::machine::{BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError};
+use crate::machine::{
+    BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError,
+};
 
 /// The guest's first program.
 const INIT: &str = "/sbin/amberbox-agent";

@@ -20,7 +20,8 @@ impl PageFlags {
 ///
 /// # Safety
 /// `host()` must point to `pages() * 4096` readable and writable bytes that stay mapped at the same address as long
-/// as the object lives, and `flags()` must have `pages()` elements.
+/// as the object lives; `flags()` must always be the same slice, of `pages()` elements; addresses must grow with page
+/// indices.
 pub unsafe trait GuestRam: Send + Sync {
     /// First byte of page index 0.
     fn host(&self) -> *mut u8;

@@ -205,7 +205,8 @@ pub struct Cpu {
     /// The kick word, shared with [`Kick`] handles.
     pub(crate) kick: *const AtomicU32,
     pub(crate) jump_cache: Box<[JumpEntry; JUMP_CACHE]>,
-    /// 0 in supervisor mode, 1 << 62 in user mode: keeps one mode from jumping into the other's sequences.
+    /// 0 in supervisor mode; in user mode 1 << 62 and above bit 48 the generation of user translations (see `mmu`): keeps
+    /// one mode, and one address space, from jumping into the sequences of another.
     pub(crate) mode_key: u64,
     pub(crate) xmm: [Xmm; 16],
     pub(crate) mxcsr: u32,
@@ -256,6 +257,16 @@ pub struct Cpu {
 // SAFETY: the raw pointers point into `self`'s own boxes, into `ram` (which is Send and kept alive by `self`) or, for
 // `bus`, are set only for the length of `run`.
 unsafe impl Send for Cpu {}
+
+/// A CPU inside [`Cpu::run`]; leaving it, by unwinding too, gives the host its floating-point environment back.
+struct Guest<'a>(&'a mut Cpu);
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        self.0.leave_guest_fp();
+        self.0.bus = None;
+    }
+}
 
 /// Instructions between two calls of [`Bus::poll`].
 const POLL_INTERVAL: u64 = 10_000;
@@ -340,18 +351,18 @@ impl Cpu {
     }
 
     /// Runs the guest until something needs the caller, but for no more than about `budget` instructions.
+    ///
+    /// The calling thread holds the guest's rounding modes meanwhile, also in calls to the bus and to [`GuestRam`]: these
+    /// must not depend on floating-point arithmetic, nor start threads, which would inherit them.
     pub fn run(&mut self, bus: &mut dyn Bus, budget: u64) -> Exit {
         let bus: *mut dyn Bus = bus;
-        // SAFETY: only the lifetime changes; the pointer is removed before `run` returns, or never used again if a bus
-        // panics.
+        // SAFETY: only the lifetime changes; the pointer is removed before `run` returns or unwinds.
         self.bus =
             NonNull::new(unsafe { std::mem::transmute::<*mut dyn Bus, *mut (dyn Bus + 'static)>(bus) });
         self.enter_guest_fp();
+        let guest = Guest(self);
         // SAFETY: `bus` is set for the length of the call.
-        let exit = unsafe { self.run_loop(budget) };
-        self.leave_guest_fp();
-        self.bus = None;
-        exit
+        unsafe { guest.0.run_loop(budget) }
     }
 
     unsafe fn bus_mut(&mut self) -> Option<&mut dyn Bus> {

@@ -79,7 +79,7 @@ fn failure(case: &Case, state: &oracle::layout::State, differs: &str) -> String 
 
 #[test]
 fn single_instructions_do_what_the_host_does() {
-    let runs = variable("AMBER_ORACLE_RUNS").unwrap_or(60);
+    let runs = variable("AMBER_ORACLE_RUNS").unwrap_or(150);
     let only = std::env::var("AMBER_ORACLE_ONLY").unwrap_or_default();
     let mut rng = Rng::new(seed());
     let mut oracle = Oracle::new();
@@ -202,7 +202,7 @@ fn every_form_is_tested_or_exempt_for_a_reason() {
 /// Sequences of instructions, with jumps and in loops.
 #[test]
 fn sequences_do_what_the_host_does() {
-    let count = variable("AMBER_ORACLE_SEQUENCES").unwrap_or(1500);
+    let count = variable("AMBER_ORACLE_SEQUENCES").unwrap_or(10_000);
     let mut rng = Rng::new(seed());
     let mut oracle = Oracle::new();
     let pool = Pool::new();

@@ -165,6 +165,8 @@ impl Cpu {
     /// # Errors
     /// A triple fault (`stop` is `Shutdown`) or absent RAM (`RamFault`), with a text.
     pub(crate) unsafe fn deliver_exception(&mut self) -> Result<(), String> {
+        // A guest that does nothing but fault must use up its budget, too.
+        self.icount += 1;
         let mut event = self.trap;
         let mut history = [event; 4];
         let mut events = 0;

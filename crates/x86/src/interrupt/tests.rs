@@ -547,3 +547,92 @@ fn privileged_access_of_a_user_interrupt_is_the_supervisors() {
         "{story}"
     );
 }
+
+/// A small generator of test bytes.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// Runs random bytes in both rings, with handlers that step over what faults: whatever a guest does, the CPU comes
+/// back, in a state that it would accept again.
+#[test]
+fn random_code_does_no_harm() {
+    let rounds: u64 =
+        std::env::var("AMBER_X86_RANDOM_ROUNDS").ok().and_then(|v| v.parse().ok()).unwrap_or(60);
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for round in 0..rounds {
+        let mut rig = Rig::new();
+        rig.code(DATA, |a| {
+            a.inc(qword_ptr(rsp))?;
+            a.iretq()
+        });
+        rig.code(DATA + 64, |a| {
+            a.add(rsp, 8)?;
+            a.inc(qword_ptr(rsp))?;
+            a.iretq()
+        });
+        for v in 0..=255u8 {
+            let with_error = matches!(v, 8 | 10..=14 | 17);
+            rig.gate(v, if with_error { DATA + 64 } else { DATA }, u64::from(v == 8), 0xee);
+        }
+        for page in [CODE, USER_CODE] {
+            for i in 0..1024 {
+                // Half of it with prefixes and opcodes that are often valid.
+                let v = random.next();
+                let v = if v & 1 == 0 { v } else { v & 0x3f48_0f48_8b3f_483f };
+                rig.write(page + i * 8, v);
+            }
+        }
+        for page in [STACK - 4096, USER_STACK - 4096, DATA + 0x1000] {
+            for i in 0..512 {
+                let v = random.next();
+                rig.write(
+                    page + i * 8,
+                    [v, CODE + (v & 0xfff), USER_STACK - (v & 0xfff)][(v >> 60) as usize % 3],
+                );
+            }
+        }
+        // Somewhere anything may be mapped: tables, devices, what does not exist.
+        let wild = 0x7000_0000_0000;
+        for i in 0..512 {
+            let v = random.next();
+            let pa = [v & 0x7f_f000, DEVICE, HIGH + (v & 0x1f_f000), v & !0xfff][(v >> 60) as usize & 3];
+            rig.map(wild + i * 4096, pa, v & 0x17f | P);
+        }
+        if round % 2 == 0 {
+            rig.enter_user();
+        }
+        rig.change(|s| {
+            for (i, r) in s.gpr.iter_mut().enumerate().filter(|(i, _)| *i != 4) {
+                let v = random.next();
+                *r = [
+                    v,
+                    DATA + 0x1000 + (v & 0xfff),
+                    USER_STACK - (v & 0xfff),
+                    v & 0xff,
+                    wild + (v & 0x1f_ffff),
+                ][(v >> 60) as usize % 5];
+                *r = if i % 4 == 1 { *r & 0xffff } else { *r };
+            }
+        });
+        let exit = rig.cpu.run(&mut rig.bus, 30_000);
+        let state = rig.cpu.state();
+        match exit {
+            Exit::RamFault(reason) => panic!("round {round}: {reason}"),
+            Exit::Halt | Exit::Kicked | Exit::Shutdown(_) => {}
+        }
+        // An address that is not canonical is found out when it is fetched from.
+        let fits = rig.cpu.set_state(&state);
+        assert!(
+            matches!(fits, Ok(()) | Err(crate::state::StateError::Register("RIP", _))),
+            "round {round}: {fits:?}"
+        );
+    }
+}

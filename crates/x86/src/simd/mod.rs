@@ -17,6 +17,8 @@ mod mmx;
 mod moves;
 mod pairs;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::arch::asm;
 

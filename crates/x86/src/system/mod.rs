@@ -262,7 +262,11 @@ unsafe fn pop_flags<T: Int>(cpu: &mut Cpu, op: *const Op) -> *const Op {
     cpu.fl.set_bits(new);
     change &= !bit::ARITHMETIC;
     cpu.rflags = old & !change | new & change;
-    if cpu.rflags & !old & (bit::IF | bit::TF) != 0 { cpu.end(op, cpu.next_rip(op)) } else { Op::run_next(cpu, op) }
+    if cpu.rflags & !old & (bit::IF | bit::TF) != 0 {
+        cpu.end(op, cpu.next_rip(op))
+    } else {
+        Op::run_next(cpu, op)
+    }
 }
 
 /// CLI.
