@@ -22,6 +22,14 @@ await main(async () => {
   await check('rustfmt', 'cargo', ['fmt', '--all', '--check'])
   await check('prettier', node, [tool('prettier', 'bin', 'prettier.cjs'), '--check', '.'])
   await check('types (tsc)', node, [tool('typescript', 'bin', 'tsc'), '-p', '.'])
-  await check('clippy', 'cargo', ['clippy', '--workspace', '--all-targets', '--locked', '--', '-D', 'warnings'])
+  await check('clippy', 'cargo', [
+    'clippy',
+    '--workspace',
+    '--all-targets',
+    '--locked',
+    '--',
+    '-D',
+    'warnings',
+  ])
   if (failures.length > 0) throw new ScriptError(failures.join('\n\n'))
 })

@@ -122,6 +122,17 @@ impl Agent {
         self.call(&proto::Sync {}).await.map(drop)
     }
 
+    /// Stops all processes and holds new ones back until [`Agent::thaw`] or [`Agent::identify`]; to be called before a snapshot, so that
+    /// nothing runs in a copy before it has been identified.
+    pub async fn freeze(&self) -> Result<(), AgentError> {
+        self.call(&proto::Freeze {}).await.map(drop)
+    }
+
+    /// Lets the processes go on.
+    pub async fn thaw(&self) -> Result<(), AgentError> {
+        self.call(&proto::Thaw {}).await.map(drop)
+    }
+
     /// Ends the guest in good order; the machine resets soon after the reply.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         self.call(&proto::Shutdown {}).await.map(drop)

@@ -282,7 +282,7 @@ mod tests {
         clock.freeze();
         let delta = clock.tsc() - u64_at(&page.bytes, 8);
         let mul = u64::from(u32::from_le_bytes(page.bytes[24..28].try_into().unwrap()));
-        let ns = ((u128::from(delta) << page.bytes[28]) * u128::from(mul) >> 32) as u64;
+        let ns = (((u128::from(delta) << page.bytes[28]) * u128::from(mul)) >> 32) as u64;
         assert_eq!(u64_at(&page.bytes, 16) + ns, clock.now());
     }
 

@@ -254,6 +254,9 @@ fn a_failed_capture_loses_nothing() {
     assert!(counter(&snapshot) > 0);
 }
 
+/// Changes a section of state: its new version and content, or nothing to leave it out.
+type Tamper = dyn Fn(&[u8]) -> Option<(u16, Vec<u8>)>;
+
 /// A snapshot like `good`, with one section changed or left out.
 fn tampered(
     rig: &Rig,
@@ -290,7 +293,7 @@ fn hostile_snapshots_are_refused_with_a_reason() {
     let (_, good) = rig.snapshot(&rig.boot(&COUNT));
     assert!(rig.restore(&good).is_ok());
     for id in 0x100..=0x107 {
-        let error = |change: &dyn Fn(&[u8]) -> Option<(u16, Vec<u8>)>| {
+        let error = |change: &Tamper| {
             let bad = tampered(&rig, &good, id, change);
             match rig.restore(&bad) {
                 Err(MachineError::Snapshot(e)) => e,

@@ -12,6 +12,7 @@ use super::vm::{Facts, Vm};
 use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
+use crate::machine::probe::{self, Choice};
 use crate::machine::soft::Soft;
 use crate::machine::{
     BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError,
@@ -56,6 +57,7 @@ impl Connect for VsockConnector {
 
 struct MachineVm {
     machine: Machine,
+    backend_reason: String,
 }
 
 impl Vm for MachineVm {
@@ -77,7 +79,7 @@ impl Vm for MachineVm {
             cpu_count: 1,
             memory_mb: u32::try_from(self.machine.ram_bytes() >> 20).unwrap_or(u32::MAX),
             backend: self.machine.backend().name(),
-            backend_reason: "the software CPU is the only backend of this version".to_owned(),
+            backend_reason: self.backend_reason.clone(),
         }
     }
 
@@ -93,7 +95,8 @@ impl Vm for MachineVm {
 /// Restores the machine of a snapshot, and lets it run. What its guest writes to the disk is kept in unlinked files in `dir`. Blocks.
 pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm>, Error> {
     let config = RestoreConfig { storage: DiskStorage::Directory(dir.to_owned()) };
-    start(Machine::restore(snapshot, config, &Soft)?)
+    let choice = choose(Some(dir))?;
+    start(Machine::restore(snapshot, config, &Soft)?, choice)
 }
 
 /// Boots a guest from a kernel and a root file system. Blocks.
@@ -106,10 +109,16 @@ pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<d
         rootfs: rootfs.to_owned(),
         storage: DiskStorage::Memory,
     };
-    start(Machine::boot(config, &Soft)?)
+    let choice = choose(None)?;
+    start(Machine::boot(config, &Soft)?, choice)
 }
 
-fn start(machine: Machine) -> Result<Arc<dyn Vm>, Error> {
+/// The backend and why. The probe behind it runs once per boot of the host; the verdict is kept in `home`.
+fn choose(home: Option<&Path>) -> Result<Choice, Error> {
+    probe::choose(home).map_err(|error| Error::Machine(error.to_string()))
+}
+
+fn start(machine: Machine, choice: Choice) -> Result<Arc<dyn Vm>, Error> {
     machine.resume()?;
-    Ok(Arc::new(MachineVm { machine }))
+    Ok(Arc::new(MachineVm { machine, backend_reason: choice.reason }))
 }

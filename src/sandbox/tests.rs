@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use amber_layers::{NewSnapshot, SnapshotId, SnapshotMeta, Store};
-use amber_proto::{Decoder, Kind as FrameKind};
+use amber_proto::Decoder;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
 

@@ -46,6 +46,8 @@ operations! {
     Remove => "remove", Done;
     GetMetrics => "metrics", Metrics;
     Sync => "sync", Done;
+    Freeze => "freeze", Done;
+    Thaw => "thaw", Done;
     Shutdown => "shutdown", Done;
 }
 
@@ -72,7 +74,8 @@ pub struct Info {
     pub sandbox_id: Option<String>,
 }
 
-/// Tells a fresh or copied guest who it is. The agent carries it out before it starts any further process.
+/// Tells a fresh or copied guest who it is. The agent carries it out before it starts any further process, and thaws those that
+/// were frozen for the snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Identify {
@@ -447,6 +450,18 @@ pub struct Metrics {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sync {}
+
+/// Stops all processes that were started through the agent, with their descendants, and holds new ones back, until [`Thaw`] or
+/// [`Identify`]. To be called before a snapshot, so that a copy knows that it is one before anything else in it runs. The reply comes
+/// when they stand still. A host that never thaws is given up after half a minute of guest time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Freeze {}
+
+/// Undoes [`Freeze`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Thaw {}
 
 /// Ends the guest: processes are killed, disks written back, the machine reset. The reply precedes it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -173,6 +173,8 @@ fn samples() -> Vec<Sample> {
         }),
         request(Sync {}),
         request(Shutdown {}),
+        request(Freeze {}),
+        request(Thaw {}),
         message(
             "exit",
             Kind::EXIT,

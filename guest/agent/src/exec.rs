@@ -41,6 +41,7 @@ struct Plumbing {
 /// Starts a process; its output goes to the connection.
 pub(crate) async fn run(state: &Rc<State>, slot: &mut Option<Conn>, request: Exec) -> Result<()> {
     let timeout = request.timeout_ms.filter(|&timeout| timeout > 0);
+    state.freezer.thawed().await;
     let (process, outputs, attached) = start(state, request)?;
     if let Some(timeout) = timeout {
         tokio::task::spawn_local(kill_after(process.clone(), Duration::from_millis(timeout)));
@@ -113,6 +114,7 @@ fn start(state: &State, request: Exec) -> Result<Running> {
         gid: user.gid,
         groups: users::groups(&settings.etc, &user),
         switch_user: own == 0 || own != user.uid,
+        group: state.freezer.group(),
     };
     let pid = spawn::spawn(&mut state.stack.borrow_mut(), &command)
         .map_err(|error| explain(&error, &request.cmd, &cwd, &user.name))?;

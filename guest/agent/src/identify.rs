@@ -12,6 +12,8 @@ use amber_proto::{Identified, Identify, Info, VERSION};
 use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, Timespec};
 
+use crate::conn::Failure;
+use crate::freeze;
 use crate::server::OPERATIONS;
 use crate::state::State;
 
@@ -74,6 +76,10 @@ pub(crate) fn identify(state: &State, request: Identify) -> Identified {
     }
     settings.default_workdir = request.default_workdir.or(settings.default_workdir);
     state.set_settings(settings);
+    // Processes that were stopped for the snapshot go on only now.
+    if let Err(Failure::Remote(error)) = freeze::thaw(state) {
+        warnings.push(error.message);
+    }
     Identified { warnings }
 }
 

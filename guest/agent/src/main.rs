@@ -13,6 +13,7 @@
 mod conn;
 mod exec;
 mod files;
+mod freeze;
 mod identify;
 mod init;
 mod listen;

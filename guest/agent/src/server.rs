@@ -12,7 +12,7 @@ use amber_proto::{ErrorCode, Kind, Request, VERSION, decode_head};
 use crate::conn::{Conn, Failure, Result, args, failure};
 use crate::listen::Listener;
 use crate::state::{Settings, State};
-use crate::{Options, exec, files, identify, init, metrics, process, reap};
+use crate::{Options, exec, files, freeze, identify, init, metrics, process, reap};
 
 /// Pause after the system ran out of descriptors or memory for a connection.
 const RETRY: Duration = Duration::from_millis(20);
@@ -37,6 +37,8 @@ pub(crate) const OPERATIONS: &[&str] = &[
     proto::Remove::OP,
     proto::GetMetrics::OP,
     proto::Sync::OP,
+    proto::Freeze::OP,
+    proto::Thaw::OP,
     proto::Shutdown::OP,
 ];
 
@@ -53,7 +55,8 @@ pub(crate) async fn run(options: Options) -> io::Result<Infallible> {
         default_workdir: None,
         envs: Default::default(),
     };
-    let state = State::new(settings, null);
+    let freezer = freeze::Freezer::new(options.system);
+    let state = State::new(settings, null, freezer);
     tokio::task::spawn_local(reap::run(state.clone(), signals));
     init::say("ready");
     loop {
@@ -98,6 +101,8 @@ async fn dispatch(state: &Rc<State>, slot: &mut Option<Conn>, op: &str, payload:
         proto::Identify::OP => {
             reply!(proto::Identify, args(payload).map(|request| identify::identify(state, request)))
         }
+        proto::Freeze::OP => reply!(proto::Freeze, freeze::freeze(state).await),
+        proto::Thaw::OP => reply!(proto::Thaw, freeze::thaw(state)),
         proto::Exec::OP => exec::run(state, slot, args(payload)?).await,
         proto::Connect::OP => process::connect(state, slot, &args::<proto::Connect>(payload)?).await,
         proto::ListProcesses::OP => process::list(state, conn(slot)?).await,

@@ -14,6 +14,9 @@ use crate::init::{PROCESS_FILES_HARD, PROCESS_FILES_SOFT};
 /// Bytes of the child's stack; it needs a few hundred.
 const STACK: usize = 32 << 10;
 
+/// `CLONE_INTO_CGROUP` of `linux/sched.h`; libc's constant is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// The stack of the child, reused for every process: the parent stands still while it is in use.
 pub(crate) struct Stack(Vec<u128>);
 
@@ -38,6 +41,8 @@ pub(crate) struct Command<'a> {
     pub(crate) groups: Vec<u32>,
     /// Whether user and groups differ from the agent's, so that they have to be set.
     pub(crate) switch_user: bool,
+    /// Control group to be born in.
+    pub(crate) group: Option<BorrowedFd<'a>>,
 }
 
 /// What a child could not do.
@@ -102,21 +107,11 @@ pub(crate) fn spawn(stack: &mut Stack, command: &Command<'_>) -> Result<u32, Spa
         step: Step::Clone,
         errno: 0,
     };
-    let top = stack.0.as_mut_ptr_range().end;
-    // SAFETY: the stack belongs to us alone for the duration of the call (the borrow is exclusive), its top is aligned to 16 bytes, and
-    // CLONE_VFORK keeps the parent from going on before the child has left this memory by exec or exit, so `plan` and all that it points
-    // to outlive the child's use of them.
-    let pid = unsafe {
-        libc::clone(
-            child,
-            top.cast(),
-            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
-            (&raw mut plan).cast(),
-        )
-    };
-    if pid < 0 {
-        return Err(SpawnError { step: Step::Clone, error: io::Error::last_os_error() });
-    }
+    // SAFETY: the stack belongs to us alone for the duration of the call (the borrow is exclusive), and CLONE_VFORK keeps the parent
+    // from going on before the child has left this memory by exec or exit, so `plan` and all that it points to outlive the
+    // child's use of them.
+    let pid = unsafe { clone(&mut stack.0, command.group, &raw mut plan) }
+        .map_err(|error| SpawnError { step: Step::Clone, error })?;
     // SAFETY: `plan` is ours. The child wrote it behind the compiler's back, so it is read as volatile.
     let (step, errno) =
         unsafe { (ptr::read_volatile(&raw const plan.step), ptr::read_volatile(&raw const plan.errno)) };
@@ -128,6 +123,67 @@ pub(crate) fn spawn(stack: &mut Stack, command: &Command<'_>) -> Result<u32, Spa
         return Err(SpawnError { step, error: io::Error::from_raw_os_error(errno) });
     }
     Ok(pid.unsigned_abs())
+}
+
+/// Makes a child that runs [`child`] on the given stack, in the given control group. Returns when the child has executed or exited.
+///
+/// # Safety
+/// `plan` must be valid with all that it points to.
+#[cfg(target_arch = "x86_64")]
+unsafe fn clone(
+    stack: &mut [u128],
+    group: Option<BorrowedFd<'_>>,
+    plan: *mut Plan,
+) -> io::Result<libc::pid_t> {
+    // SAFETY: clone_args is plain data, for which zero is a valid value.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.stack = stack.as_mut_ptr() as u64;
+    args.stack_size = size_of_val(stack) as u64;
+    if let Some(group) = group {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = group.as_raw_fd().unsigned_abs().into();
+    }
+    let result: i64;
+    // SAFETY: the child begins behind the system call with the top of the new stack, which is aligned to 16 bytes as a call needs it,
+    // and with the registers of the parent; it calls `child`, which never returns. The parent skips this. A system call changes
+    // rax, rcx and r11 only.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r13",
+            "call r12",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw const args,
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r12") child as extern "C" fn(*mut libc::c_void) -> libc::c_int,
+            in("r13") plan,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err(io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EIO))),
+    }
+}
+
+/// As above, for hosts on which the agent is only tested: there are no control groups.
+///
+/// # Safety
+/// `plan` must be valid with all that it points to.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn clone(stack: &mut [u128], _: Option<BorrowedFd<'_>>, plan: *mut Plan) -> io::Result<libc::pid_t> {
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: the top of the stack is aligned to 16 bytes, and the caller vouches for the plan.
+    let pid = unsafe { libc::clone(child, stack.as_mut_ptr_range().end.cast(), flags, plan.cast()) };
+    if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
 }
 
 /// The child's life before exec.
@@ -230,6 +286,7 @@ mod tests {
             gid: 0,
             groups: vec![],
             switch_user: false,
+            group: None,
         };
         spawn(&mut Stack::new(), &command)
     }

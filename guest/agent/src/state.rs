@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use amber_proto::{ErrorCode, Target};
 
 use crate::conn::{Result, failure};
+use crate::freeze::Freezer;
 use crate::process::{Finished, Process};
 use crate::spawn::Stack;
 
@@ -44,6 +45,8 @@ pub(crate) struct State {
     by_pid: RefCell<HashMap<u32, u64>>,
     finished: RefCell<Vec<(Instant, Finished)>>,
     next: Cell<u64>,
+    /// Holds processes back around snapshots.
+    pub(crate) freezer: Freezer,
     /// `/dev/null`, the standard input of most processes.
     pub(crate) null: OwnedFd,
     /// Stack for the moments between clone and exec.
@@ -53,13 +56,14 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(settings: Settings, null: OwnedFd) -> Rc<Self> {
+    pub(crate) fn new(settings: Settings, null: OwnedFd, freezer: Freezer) -> Rc<Self> {
         Rc::new(Self {
             settings: RefCell::new(Arc::new(settings)),
             processes: RefCell::default(),
             by_pid: RefCell::default(),
             finished: RefCell::default(),
             next: Cell::new(0),
+            freezer,
             null,
             stack: RefCell::new(Stack::new()),
             scratch: RefCell::new(vec![0; crate::pump::BUFFER].into_boxed_slice()),

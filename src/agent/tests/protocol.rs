@@ -131,6 +131,29 @@ async fn identity() {
 }
 
 #[tokio::test]
+async fn processes_are_held_back_until_the_copy_is_identified() {
+    let guest = Guest::start().await;
+    for thaw in [true, false] {
+        guest.agent.freeze().await.unwrap();
+        let agent = guest.agent.clone();
+        let held = tokio::spawn(async move { run(agent.exec(&shell("echo $WHO")).await.unwrap()).await });
+        // Everything else is answered, in the order in which it comes.
+        assert!(guest.agent.processes().await.unwrap().is_empty());
+        assert!(!held.is_finished());
+        if thaw {
+            guest.agent.thaw().await.unwrap();
+            assert_eq!(held.await.unwrap().text(), "\n");
+        } else {
+            let identify =
+                Identify { envs: [("WHO".to_owned(), "copy".to_owned())].into(), ..Identify::default() };
+            guest.agent.identify(&identify).await.unwrap();
+            assert_eq!(held.await.unwrap().text(), "copy\n");
+        }
+    }
+    guest.agent.thaw().await.unwrap();
+}
+
+#[tokio::test]
 async fn metrics_sync_shutdown() {
     let mut guest = Guest::start().await;
     let metrics = guest.agent.metrics().await.unwrap();

@@ -57,7 +57,7 @@ pub(super) fn write(memory: &mut [u8]) {
         put(at, &(next | PRESENT_WRITABLE_USER).to_le_bytes());
     }
     for page in 0..SIZE as u64 / 4096 {
-        put(TABLE + page * 8, &(page * 4096 | PRESENT_WRITABLE_USER).to_le_bytes());
+        put(TABLE + page * 8, &((page * 4096) | PRESENT_WRITABLE_USER).to_le_bytes());
     }
     let descriptors: [u64; 7] = [
         0,
