@@ -114,8 +114,12 @@ impl Symbols {
 
 /// Runs a command through the guest's agent.
 fn exec(machine: &Machine, command: &str, started: Instant) -> Result<(), Box<dyn Error>> {
-    let note =
-        |text: String| writeln!(io::stderr(), "[{:9.1} ms] {text}", started.elapsed().as_secs_f64() * 1e3);
+    let note = |text: String| {
+        let at = started.elapsed().as_secs_f64() * 1e3;
+        let d = machine.diagnostics();
+        let (executed, (_, decoded)) = (d.cpu.instructions as f64 / 1e6, d.cpu.other[0]);
+        writeln!(io::stderr(), "[{at:9.1} ms, {executed:7.2} M, {decoded:6} sequences] {text}")
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let agent = Agent::new(Arc::new(machine.vsock()));
     runtime.block_on(async {
@@ -151,10 +155,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let store = options.store.as_ref().map(|dir| Store::open(dir).map(Arc::new)).transpose()?;
     let storage = DiskStorage::Memory;
     let started = Instant::now();
+    let mut images = None;
     let machine = match (&options.restore, &store) {
         (Some(id), Some(store)) => {
             let meta = store.resolve(id)?.ok_or("No such snapshot")?;
-            Machine::restore(&store.open_snapshot(&meta.id)?, RestoreConfig { storage }, &Soft)?
+            let snapshot = images.insert(store.open_snapshot(&meta.id)?);
+            Machine::restore(snapshot, RestoreConfig { storage }, &Soft)?
         }
         _ => {
             let (kernel, rootfs) = (options.kernel, options.rootfs);
@@ -217,6 +223,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     for (index, value) in &d.unknown_msrs {
         writeln!(err, "unknown MSR {index:#x} {value:x?}")?;
+    }
+    if let Some(snapshot) = &images {
+        let decoded = (snapshot.memory().frames_decoded(), snapshot.disk().frames_decoded());
+        writeln!(err, "frames decoded: memory {}, disk {}", decoded.0, decoded.1)?;
+        let start = Instant::now();
+        snapshot.memory().ensure(0, snapshot.memory().pages())?;
+        let all = snapshot.memory().frames_decoded();
+        writeln!(err, "the other {} frames of memory: {:.1?}", all - decoded.0, start.elapsed())?;
     }
     let mut profile: Vec<(String, u64)> = profile.into_iter().collect();
     profile.sort_by_key(|(_, count)| std::cmp::Reverse(*count));

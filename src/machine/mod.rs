@@ -44,7 +44,7 @@ use self::platform::MemoryMap;
 use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
-use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, refuse};
+use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Room, refuse};
 use self::vcpu::{Backend, BackendKind, Counters};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
@@ -273,13 +273,17 @@ impl Machine {
         let mut lineage = self.0.lineage.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(lineage) = lineage.as_mut() else { return Err(self.ended_error()) };
         let started = Instant::now();
+        // Room for the pages is made before the machine is stopped; most of the pause would be spent on it.
+        let expected = core.hold().as_mut().and_then(run::Held::guts).map_or(0, |guts| guts.ram.counts().0);
+        let room = Room::new(expected);
+        let stopped = Instant::now();
         let mut held = core.hold().ok_or_else(|| self.ended_error())?;
         let Some(guts) = held.guts() else { return Err(self.ended_error()) };
         let clock = core.clock.state();
         let irqchip = core.irqchip.state(clock.guest_ns);
-        let mut capture = Capture::take(guts, clock, irqchip, &lineage.storage, started)?;
+        let mut capture = Capture::take(guts, room, clock, irqchip, &lineage.storage, started)?;
         drop(held);
-        capture.pause = started.elapsed();
+        capture.pause = stopped.elapsed();
         Ok(capture.publish(lineage, store, new)?)
     }
 

@@ -281,6 +281,18 @@ impl DiskStorage {
     }
 }
 
+/// Memory for the pages of a capture, already backed by the host.
+pub(super) struct Room(Vec<u8>);
+
+impl Room {
+    pub(super) fn new(pages: u64) -> Room {
+        // A little more: the machine runs on until it is stopped.
+        let mut room = vec![0; (pages + pages / 16 + 64) as usize * PAGE_SIZE];
+        room.iter_mut().step_by(PAGE_SIZE).for_each(|byte| *byte = 1);
+        Room(room)
+    }
+}
+
 /// Pages copied out of a stopped machine.
 struct CopiedPages {
     /// Ascending.
@@ -289,8 +301,9 @@ struct CopiedPages {
 }
 
 impl CopiedPages {
-    fn new(ram: &Ram, pages: Vec<u64>) -> CopiedPages {
-        let mut content = vec![0; pages.len() * PAGE_SIZE];
+    fn new(ram: &Ram, pages: Vec<u64>, room: Room) -> CopiedPages {
+        let mut content = room.0;
+        content.resize(pages.len() * PAGE_SIZE, 0);
         for (page, out) in pages.iter().zip(content.as_chunks_mut::<PAGE_SIZE>().0) {
             ram.copy_page(*page, out);
         }
@@ -381,6 +394,7 @@ impl Capture {
     /// Copies a stopped machine. Its memory is clean afterwards: publish, or [`abandon`](Self::abandon).
     pub(super) fn take(
         guts: &mut Guts,
+        room: Room,
         clock: ClockState,
         irqchip: IrqchipState,
         storage: &DiskStorage,
@@ -393,7 +407,7 @@ impl Capture {
         let state = MachineState { ram: guts.ram.map().bytes(), cpu, irqchip, clock, devices };
         let dirty = guts.ram.take_dirty();
         guts.vcpu.forget_dirty();
-        let memory = CopiedPages::new(&guts.ram, dirty);
+        let memory = CopiedPages::new(&guts.ram, dirty, room);
         let ram = Arc::clone(&guts.ram);
         Ok(Capture { state, memory, disk: CopiedDisk(disk), ram, started, pause: Duration::ZERO })
     }

@@ -266,21 +266,16 @@ impl Ram {
         (dirty, absent)
     }
 
-    /// Copies the content of a page that is present.
-    ///
-    /// # Panics
-    /// Never; a page beyond RAM reads as zeros.
-    pub fn copy_page(&self, page: u64, out: &mut [u8]) {
-        out.fill(0);
+    /// Copies the content of a page that is present; a page beyond RAM reads as zeros.
+    pub fn copy_page(&self, page: u64, out: &mut [u8; PAGE_SIZE as usize]) {
         if page >= self.map.pages() {
-            return;
+            return out.fill(0);
         }
-        let len = out.len().min(PAGE_SIZE as usize);
-        // SAFETY: the page lies within the mapping, and `out` has room for `len` bytes. The guest may write meanwhile:
-        // then the copy is torn, as it would be for a device that reads; no reference to guest memory is made.
+        // SAFETY: the page lies within the mapping and `out` has its size. The guest may write meanwhile: then the copy
+        // is torn, as it would be for a device that reads; no reference to guest memory is made.
         unsafe {
             let from = self.mapping.start.as_ptr().add((page * PAGE_SIZE) as usize);
-            ptr::copy_nonoverlapping(from, out.as_mut_ptr(), len);
+            ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len());
         }
     }
 }
