@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use amber_proto::{EntryInfo, FileType};
 use rustix::buffer::spare_capacity;
@@ -19,12 +20,14 @@ pub(super) const PREFIX: &str = "user.e2b.";
 const MAX_ATTRIBUTES: usize = 64 << 10;
 
 /// What is at a path; links are not followed.
-pub(super) fn entry(path: &str, names: &Names) -> io::Result<EntryInfo> {
+pub(super) fn entry(path: impl AsRef<Path>, names: &Names) -> io::Result<EntryInfo> {
+    let path = path.as_ref();
+    let text = path.to_string_lossy();
     let metadata = fs::symlink_metadata(path)?;
     let (mut kind, mut mode, mut symlink_target) = (file_type(&metadata), metadata.mode() & 0o777, None);
     if metadata.is_symlink() {
         // A link that leads nowhere, or in circles, has no type and is its own target.
-        (kind, mode, symlink_target) = (FileType::Unknown, 0, Some(path.to_owned()));
+        (kind, mode, symlink_target) = (FileType::Unknown, 0, Some(text.clone().into_owned()));
         if let Ok(target) = fs::canonicalize(path) {
             if let Ok(metadata) = fs::metadata(&target) {
                 (kind, mode) = (file_type(&metadata), metadata.mode() & 0o777);
@@ -33,8 +36,8 @@ pub(super) fn entry(path: &str, names: &Names) -> io::Result<EntryInfo> {
         }
     }
     Ok(EntryInfo {
-        name: paths::base(path).to_owned(),
-        path: path.to_owned(),
+        name: paths::base(&text).to_owned(),
+        path: text.clone().into_owned(),
         kind,
         size: metadata.size(),
         mode,
@@ -91,7 +94,7 @@ fn permissions(mode: u32) -> String {
 }
 
 /// The metadata of a file. A file whose attributes cannot be read has none.
-fn attributes(path: &str) -> BTreeMap<String, String> {
+fn attributes(path: &Path) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     // Most files have no attributes; asking for the length needs no buffer.
     if !matches!(rustix::fs::llistxattr_query(path), Ok(1..)) {
@@ -165,7 +168,7 @@ mod tests {
         for (link, target) in [("to-dir", "d"), ("broken", "nothing"), ("loop", "loop")] {
             std::os::unix::fs::symlink(target, path(link)).unwrap();
         }
-        let entry = |name: &str| entry(&path(name), &Names::default()).unwrap();
+        let entry = |name: &str| entry(path(name), &Names::default()).unwrap();
         assert_eq!((entry("to-dir").kind, entry("to-dir").symlink_target), (FileType::Dir, Some(path("d"))));
         assert_eq!(
             (entry("broken").kind, entry("broken").symlink_target),

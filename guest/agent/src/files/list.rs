@@ -1,7 +1,9 @@
 //! Listings: depth first, names in byte order, every directory before its content. No recursion: the depth of a tree is the guest's choice.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::path::{Path, PathBuf};
 
 use amber_proto::{Entries, ErrorCode, List};
 
@@ -12,6 +14,9 @@ use crate::users::Names;
 
 /// Entries per reply. Even entries of the largest size that a file system allows fit into a frame.
 const BATCH: usize = 32;
+
+/// Bytes of names that are sorted at once: process 1 must not use up the guest's memory.
+const MAX_NAMES: usize = 32 << 20;
 
 /// Bytes of a reply after which it is sent.
 const BATCH_BYTES: usize = 128 << 10;
@@ -26,8 +31,10 @@ pub(crate) fn list(settings: &Settings, conn: &mut BlockingConn, request: List) 
         return Err(failure(ErrorCode::InvalidArgument, format!("path is not a directory: {path}")));
     }
     let names = Names::read(&settings.etc);
+    // Without slashes that say nothing, so that entries have the path that users expect.
+    let tidy: PathBuf = Path::new(&path).components().collect();
     let mut pending =
-        vec![children(&path).map_err(|error| explain("error reading directory", &path, &error))?];
+        vec![Level::open(&tidy).map_err(|error| explain("error reading directory", &path, &error))?];
     let depth = usize::try_from(request.depth.max(1)).unwrap_or(usize::MAX);
     let mut reply = Entries::default();
     let mut size = 0;
@@ -41,7 +48,7 @@ pub(crate) fn list(settings: &Settings, conn: &mut BlockingConn, request: List) 
         let descend = pending.len() < depth && entry.permissions.starts_with('d');
         size += entry_size(&entry);
         reply.entries.push(entry);
-        if descend && let Ok(level) = children(&path) {
+        if descend && let Ok(level) = Level::open(&path) {
             pending.push(level);
         }
         if size >= BATCH_BYTES || (size >= BATCH_BYTES / 4 && reply.entries.len() % BATCH == 0) {
@@ -53,17 +60,30 @@ pub(crate) fn list(settings: &Settings, conn: &mut BlockingConn, request: List) 
     conn.reply::<List>(&reply)
 }
 
-/// Paths in a directory, in order.
-fn children(path: &str) -> io::Result<std::vec::IntoIter<String>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(path)? {
-        names.push(entry?.file_name().into_encoded_bytes());
+/// The names in a directory that have not been looked at yet.
+struct Level {
+    directory: PathBuf,
+    names: std::vec::IntoIter<OsString>,
+}
+
+impl Level {
+    fn open(path: &Path) -> io::Result<Self> {
+        let (mut names, mut size) = (Vec::new(), 0);
+        for entry in fs::read_dir(path)? {
+            let name = entry?.file_name();
+            size += name.len() + size_of::<OsString>();
+            if size > MAX_NAMES {
+                return Err(io::Error::from_raw_os_error(libc::E2BIG));
+            }
+            names.push(name);
+        }
+        names.sort_unstable();
+        Ok(Self { directory: path.to_owned(), names: names.into_iter() })
     }
-    names.sort_unstable();
-    let base = path.trim_end_matches('/');
-    let paths: Vec<String> =
-        names.iter().map(|name| format!("{base}/{}", String::from_utf8_lossy(name))).collect();
-    Ok(paths.into_iter())
+
+    fn next(&mut self) -> Option<PathBuf> {
+        self.names.next().map(|name| self.directory.join(name))
+    }
 }
 
 /// Roughly the bytes of an encoded entry.

@@ -72,7 +72,8 @@ fn explain(what: &str, path: &str, error: &io::Error) -> Failure {
             | libc::ENAMETOOLONG
             | libc::EINVAL
             | libc::ENXIO
-            | libc::EXDEV,
+            | libc::EXDEV
+            | libc::E2BIG,
         ) => ErrorCode::InvalidArgument,
         _ => ErrorCode::Internal,
     };
