@@ -114,13 +114,15 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        let signal = |pid: u32, name: &str| {
-            let _ = Command::new("kill").args(["-s", name, &pid.to_string()]).stderr(Stdio::null()).status();
+        let signal = |target: &str, name: &str| {
+            let _ = Command::new("kill").args(["-s", name, "--", target]).stderr(Stdio::null()).status();
         };
         // Orphans come to the agent, so it has to go last, and must not reap in between.
-        signal(self.child.id(), "STOP");
+        signal(&self.child.id().to_string(), "STOP");
         for pid in self.children() {
-            signal(pid, "KILL");
+            // The group as well: its other members would only now become orphans.
+            signal(&pid.to_string(), "KILL");
+            signal(&format!("-{pid}"), "KILL");
         }
         // A test may have ended it already.
         let _ = self.child.kill();

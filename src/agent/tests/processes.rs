@@ -317,8 +317,9 @@ async fn terminals() {
     guest.agent.send_stdin(pid, b"echo \"<$X>\"\n").await.unwrap();
     read_until(&mut process, "<kept>").await;
     // The end-of-file character ends a program on the terminal, and the shell goes on.
-    guest.agent.send_stdin(pid, b"cat; echo after-cat-$?\n").await.unwrap();
-    read_until(&mut process, "after-cat-$?").await;
+    // (The shell's line editor has left the terminal when the first command writes.)
+    guest.agent.send_stdin(pid, b"echo ready-$((1+1)); cat; echo after-cat-$?\n").await.unwrap();
+    read_until(&mut process, "ready-2").await;
     guest.agent.close_stdin(pid).await.unwrap();
     read_until(&mut process, "after-cat-0").await;
     guest.agent.send_stdin(pid, b"exit 4\n").await.unwrap();
