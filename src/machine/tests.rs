@@ -326,3 +326,56 @@ fn what_cannot_boot_says_why() {
     let error = boot(&|c| c.storage = missing.clone());
     assert!(matches!(error, MachineError::Snapshot(SnapshotError::Disk { .. })));
 }
+
+/// The keys of a CBOR value, with the lengths of arrays and byte strings.
+fn shape(value: &ciborium::Value) -> String {
+    use ciborium::Value;
+    match value {
+        Value::Map(entries) => {
+            let keys = entries.iter().map(|(k, v)| format!("{}{}", k.as_text().unwrap(), shape(v)));
+            format!("{{{}}}", keys.collect::<Vec<_>>().join(" "))
+        }
+        Value::Array(items) => format!("[{}]{}", items.len(), items.first().map(shape).unwrap_or_default()),
+        Value::Bytes(bytes) => format!("<{}>", bytes.len()),
+        _ => String::new(),
+    }
+}
+
+/// A change here is a change of the format: it needs new section versions, and SNAPSHOT.md.
+#[test]
+fn the_state_sections_are_those_of_version_1() {
+    const QUEUES: &str = "{size ready next_avail next_used desc_table avail_ring used_ring}";
+    let transport = |queues: usize| {
+        format!(
+            "transport{{device_features_sel driver_features_sel driver_features queue_sel status \
+             interrupt_status config_generation queues[{queues}]{QUEUES}}}"
+        )
+    };
+    let segment = "{selector base limit attributes}";
+    let expected = [
+        "{version ram}".to_owned(),
+        format!(
+            "{{gpr[16] rip rflags segments[6]{segment} ldtr{segment} tr{segment} gdtr{{base limit}} \
+             idtr{{base limit}} cr0 cr2 cr3 cr4 dr[4] dr6 dr7 msrs[12][2] fxsave<512> halted interrupt_shadow}}"
+        ),
+        "{lapic{page<1024>} ioapic{base select id irr entries[24]} pit{mode access reload started next \
+         write_high read_high low latch masks[2]}}"
+            .to_owned(),
+        "{guest_ns tsc tsc_hz system_time wall_ns}".to_owned(),
+        format!("{{{} device{{sectors}}}}", transport(1)),
+        format!("{{{} device{{guest_cid next_port}}}}", transport(3)),
+        format!("{{{} device{{}}}}", transport(1)),
+        "{baud_divisor_low baud_divisor_high interrupt_enable interrupt_identification line_control \
+         line_status modem_control modem_status scratch in_buffer[0]}"
+            .to_owned(),
+    ];
+    let rig = Rig::new();
+    let (_, snapshot) = rig.snapshot(&rig.boot(&COUNT));
+    let sections = snapshot.sections();
+    assert_eq!(sections.len(), expected.len());
+    for ((id, section), expected) in (0x100..).zip(sections).zip(&expected) {
+        assert_eq!((section.id, section.version, section.required), (SectionId(id), 1, true));
+        let value: ciborium::Value = ciborium::from_reader(&*section.bytes).unwrap();
+        assert_eq!(shape(&value), *expected, "section {id:#x}");
+    }
+}
