@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, Once, PoisonError};
 use std::time::Duration;
 
 use napi::Env;
@@ -17,6 +17,10 @@ use crate::sandbox::{Error, runtime};
 /// Calls that can be cancelled. A token lives from `newToken` to `endToken`, which JavaScript pairs in a `finally`.
 static TOKENS: LazyLock<Mutex<HashMap<u32, watch::Sender<bool>>>> = LazyLock::new(Mutex::default);
 static NEXT_TOKEN: AtomicU32 = AtomicU32::new(1);
+
+/// Makes panics silent: each is reported as the error of the operation that it ended. The hook is that of this library's own copy of the
+/// standard library; without it, panics would write to the host program's standard error. Not at load time, which test programs share.
+static PANICS: Once = Once::new();
 
 /// The last argument of every asynchronous function.
 #[napi(object)]
@@ -87,6 +91,7 @@ where
     T: ToNapiValue + Send + 'static,
     F: Future<Output = Result<T, Error>> + Send + 'static,
 {
+    PANICS.call_once(|| std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}"))));
     let running = runtime().map_err(|error| to_js(&error))?.spawn(task);
     env.spawn_future(async move {
         match running.await {

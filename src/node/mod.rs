@@ -20,9 +20,6 @@ use crate::sandbox::Error;
 fn init() {
     // Threads of sandboxes outlive the environment (a worker thread, say) that happened to load the addon first.
     napi::bindgen_prelude::retain_current_module_for_unload_safety();
-    // A panic is reported as an error of the operation that it ended. The hook is that of this library's own copy of the standard
-    // library; without it, panics would write to the host program's standard error.
-    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
 }
 
 /// Version of the addon, to be compared with that of the package.
