@@ -89,7 +89,12 @@ fn try_probe() -> Result<Verdict, Verdict> {
             Ok(VcpuExit::IoOut(guest::PORT, _)) => rounds += guest::BATCH,
             Ok(VcpuExit::Intr) => {}
             Ok(other) => {
-                return Err(useless(Useless::Wrong, format!("KVM stopped a plain guest: {other:?}")));
+                // Seen with hypervisors that emulate nested guests instruction by instruction: INT in long mode is #UD.
+                let detail = format!(
+                    "KVM does not run a plain 64-bit guest (it stops with {other:?}); \
+                     probably a virtual machine without nested virtualization in hardware"
+                );
+                return Err(useless(Useless::Wrong, detail));
             }
             Err(e) if matches!(Errno::from_raw_os_error(e.errno()), Errno::INTR | Errno::AGAIN) => {}
             Err(e) => return Err(useless(Useless::Wrong, format!("KVM cannot run a plain guest: {e}"))),
