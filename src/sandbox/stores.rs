@@ -40,9 +40,12 @@ const WARM: Duration = Duration::from_secs(10);
 /// At most this many are kept open.
 const WARM_SNAPSHOTS: usize = 4;
 
-static WARM_LIST: LazyLock<Mutex<Vec<(Instant, Arc<Snapshot>)>>> = LazyLock::new(Mutex::default);
+/// Snapshots that are kept open, with the time of their last use, the latest at the end.
+type WarmList = Vec<(Instant, Arc<Snapshot>)>;
 
-fn with_warm<T>(body: impl FnOnce(&mut Vec<(Instant, Arc<Snapshot>)>) -> T) -> T {
+static WARM_LIST: LazyLock<Mutex<WarmList>> = LazyLock::new(Mutex::default);
+
+fn with_warm<T>(body: impl FnOnce(&mut WarmList) -> T) -> T {
     body(&mut WARM_LIST.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
