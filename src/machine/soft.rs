@@ -21,6 +21,17 @@ impl Backend for Soft {
     }
 
     fn create_vcpu(&self, ram: &Arc<Ram>) -> Result<Box<dyn Vcpu>, String> {
+        // Vector operations run the host's own instructions (see amber_x86): without them they would be SIGILL, in Node's process.
+        let host = [
+            ("SSSE3", std::arch::is_x86_feature_detected!("ssse3")),
+            ("SSE4.2", std::arch::is_x86_feature_detected!("sse4.2")),
+            ("POPCNT", std::arch::is_x86_feature_detected!("popcnt")),
+        ];
+        if let Some((missing, _)) = host.iter().find(|(_, there)| !there) {
+            return Err(format!(
+                "The host CPU has no {missing}; the software CPU needs an x86-64-v2 host, made since about 2009"
+            ));
+        }
         let ram: Arc<Ram> = Arc::clone(ram);
         Ok(Box::new(SoftVcpu { cpu: Cpu::new(ram) }))
     }
