@@ -19,46 +19,26 @@ pub(crate) struct And;
 pub(crate) struct Or;
 pub(crate) struct Xor;
 
-impl Alu for Add {
-    #[inline(always)]
-    unsafe fn apply<T: Int, const F: bool>(cpu: &mut Cpu, a: T, b: T) -> T {
-        let (r, cf, of) = a.add_carry(b, false);
-        if F {
-            cpu.fl.set_arith(r.sext(), a.to_u64() ^ b.to_u64(), cf, of);
+macro_rules! arithmetic {
+    ($($name:ident $operation:ident ($cpu:ident => $carry:expr));*) => {$(
+        impl Alu for $name {
+            #[inline(always)]
+            unsafe fn apply<T: Int, const F: bool>($cpu: &mut Cpu, a: T, b: T) -> T {
+                let (r, cf, of) = a.$operation(b, $carry);
+                if F {
+                    $cpu.fl.set_arith(r.sext(), a.to_u64() ^ b.to_u64(), cf, of);
+                }
+                r
+            }
         }
-        r
-    }
+    )*};
 }
-impl Alu for Adc {
-    #[inline(always)]
-    unsafe fn apply<T: Int, const F: bool>(cpu: &mut Cpu, a: T, b: T) -> T {
-        let (r, cf, of) = a.add_carry(b, cpu.fl.cf());
-        if F {
-            cpu.fl.set_arith(r.sext(), a.to_u64() ^ b.to_u64(), cf, of);
-        }
-        r
-    }
-}
-impl Alu for Sub {
-    #[inline(always)]
-    unsafe fn apply<T: Int, const F: bool>(cpu: &mut Cpu, a: T, b: T) -> T {
-        let (r, cf, of) = a.sub_borrow(b, false);
-        if F {
-            cpu.fl.set_arith(r.sext(), a.to_u64() ^ b.to_u64(), cf, of);
-        }
-        r
-    }
-}
-impl Alu for Sbb {
-    #[inline(always)]
-    unsafe fn apply<T: Int, const F: bool>(cpu: &mut Cpu, a: T, b: T) -> T {
-        let (r, cf, of) = a.sub_borrow(b, cpu.fl.cf());
-        if F {
-            cpu.fl.set_arith(r.sext(), a.to_u64() ^ b.to_u64(), cf, of);
-        }
-        r
-    }
-}
+arithmetic!(
+    Add add_carry (cpu => false);
+    Adc add_carry (cpu => cpu.fl.cf());
+    Sub sub_borrow (cpu => false);
+    Sbb sub_borrow (cpu => cpu.fl.cf())
+);
 macro_rules! logic {
     ($($name:ident $op:tt);*) => {$(
         impl Alu for $name {
