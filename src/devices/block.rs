@@ -2,7 +2,7 @@
 //!
 //! Requests are processed one after the other inside the notification. Every field of a request is checked
 //! against the disk and against limits of ours before anything happens; a failure of the host's storage is an
-//! I/O error to the guest.
+//! I/O error to the guest, unless content is lost for good: then the machine ends, and the request stays unanswered.
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as blk;
@@ -238,6 +238,9 @@ impl VirtioDevice for Block {
             queues.disable_notification(queue)?;
             while queues.pop(queue, &mut self.chain)? {
                 let len = self.process(queues.mem());
+                if self.disk.lost() {
+                    return Ok(());
+                }
                 queues.add_used(queue, self.chain.head(), len)?;
             }
             queues.signal(queue)?;

@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 
@@ -39,6 +39,11 @@ pub trait Disk: Send {
     fn flush(&self) -> io::Result<()>;
     /// Makes a range read as zeros and gives its storage back.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Content that the disk once had cannot be read any more. The machine is about to end for it: an I/O error would
+    /// only make the guest report something else.
+    fn lost(&self) -> bool {
+        false
+    }
 }
 
 /// A read-only image under an overlay.
@@ -225,7 +230,13 @@ struct Shared {
     len: u64,
     blocks: u64,
     state: Mutex<State>,
+    /// Why the base cannot be read, once that has happened.
+    loss: OnceLock<String>,
+    loss_listener: OnceLock<LossListener>,
 }
+
+/// Called once, when the base turns out to be unreadable, with the reason. Takes no lock.
+pub type LossListener = Box<dyn Fn(&str) + Send + Sync>;
 
 /// A writable disk: an overlay over an optional base. Clones are the same disk.
 #[derive(Clone)]
@@ -247,7 +258,8 @@ impl Overlay {
             frozen: None,
             fault: None,
         };
-        Ok(Overlay(Arc::new(Shared { base, len, blocks, state: Mutex::new(state) })))
+        let (loss, loss_listener) = (OnceLock::new(), OnceLock::new());
+        Ok(Overlay(Arc::new(Shared { base, len, blocks, state: Mutex::new(state), loss, loss_listener })))
     }
 
     /// The blocks that differ from the base at this moment.
@@ -255,7 +267,12 @@ impl Overlay {
         self.0.lock().now.runs(self.0.blocks).collect()
     }
 
-    /// The first failure of the host's storage or of the base image, which the guest saw as an I/O error.
+    /// Sets who is told when the base cannot be read any more. Only the first call counts.
+    pub fn set_loss_listener(&self, listener: LossListener) {
+        let _ = self.0.loss_listener.set(listener);
+    }
+
+    /// The first failure of the host's storage or of the base image.
     pub fn fault(&self) -> Option<String> {
         self.0.lock().fault.clone()
     }
@@ -306,7 +323,17 @@ impl Shared {
         let inside = base.len().saturating_sub(offset).min(buf.len() as u64) as usize;
         let (head, tail) = buf.split_at_mut(inside);
         tail.fill(0);
-        if head.is_empty() { Ok(()) } else { base.read_at(offset, head) }
+        if head.is_empty() {
+            return Ok(());
+        }
+        base.read_at(offset, head).inspect_err(|error| {
+            let reason = with_causes(error);
+            if self.loss.set(format!("The disk image cannot be read: {reason}")).is_ok()
+                && let (Some(listener), Some(reason)) = (self.loss_listener.get(), self.loss.get())
+            {
+                listener(reason);
+            }
+        })
     }
 
     /// Reads a range, one call per run of blocks with the same source.
@@ -479,6 +506,10 @@ impl Disk for Overlay {
         let mut state = self.0.lock();
         let result = self.0.zero(&mut state, offset, len);
         self.0.noting(&mut state, result)
+    }
+
+    fn lost(&self) -> bool {
+        self.0.loss.get().is_some()
     }
 }
 

@@ -72,6 +72,8 @@ pub(super) struct Core {
     request: AtomicBool,
     /// The guest pulled the reset line.
     reset: Arc<AtomicBool>,
+    /// Why the machine cannot go on, if a device has found a reason.
+    failure: Arc<OnceLock<String>>,
     kicker: Arc<dyn Kicker>,
     thread: OnceLock<Thread>,
     end: watch::Sender<Option<MachineEnd>>,
@@ -118,6 +120,7 @@ impl Core {
     ) -> std::io::Result<(Arc<Core>, JoinHandle<()>)> {
         let kicker = guts.vcpu.kicker();
         let ram = Arc::clone(&guts.ram);
+        let disk = guts.devices.disk().clone();
         let control = Control { paused: true, parked: true, devices_paused: true, ..Control::default() };
         guts.devices.pause();
         let core = Arc::new(Core {
@@ -129,6 +132,7 @@ impl Core {
             changed: Condvar::new(),
             request: AtomicBool::new(false),
             reset: Arc::default(),
+            failure: Arc::default(),
             kicker,
             thread: OnceLock::new(),
             end: watch::Sender::new(None),
@@ -142,6 +146,11 @@ impl Core {
         core.irqchip.set_notifier(Box::new(move || {
             kicker.interrupt();
             thread.unpark();
+        }));
+        let (kicker, failure) = (Arc::clone(&core.kicker), Arc::clone(&core.failure));
+        disk.set_loss_listener(Box::new(move |reason| {
+            let _ = failure.set(reason.to_owned());
+            kicker.kick();
         }));
         let kicker = Arc::clone(&core.kicker);
         ram.set_code_listener(Box::new(move || kicker.code_written()));
@@ -312,6 +321,9 @@ impl Core {
             };
             if self.reset.load(Ordering::Acquire) {
                 end = Some((EndKind::Reset, "The guest reset itself".into()));
+            }
+            if let Some(reason) = self.failure.get() {
+                end = Some((EndKind::Failed, reason.clone()));
             }
         }
         guts.unknown_msrs = bus.unknown_msrs;

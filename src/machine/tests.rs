@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use super::soft::Soft;
 use super::*;
+use crate::devices::disk::Disk;
 
 /// Where the guests run and count.
 const CODE: u64 = 0x100_0000;
@@ -173,6 +174,20 @@ fn a_sleeping_guest_is_woken_by_its_timer_and_does_nothing_else() {
     let d = machine.diagnostics();
     // A tick is HLT, JMP, INC, MOV and IRETQ.
     assert!(d.cpu.instructions <= 10 + 5 * (d.cpu.interrupts + 1), "{d:?}");
+}
+
+#[test]
+fn a_disk_that_cannot_be_read_any_more_ends_the_machine() {
+    let rig = Rig::new();
+    let machine = rig.run(&COUNT);
+    std::fs::write(rig.dir.path().join("rootfs"), [0; 100]).unwrap();
+    let mut held = machine.0.core.hold().unwrap();
+    let disk = held.guts().unwrap().devices.disk().clone();
+    drop(held);
+    assert!(disk.read_at(1 << 19, &mut [0; 4096]).is_err());
+    let end = end_of(&machine);
+    assert_eq!(end.kind, EndKind::Failed);
+    assert!(end.detail.starts_with("The disk image cannot be read: "), "{end}");
 }
 
 #[test]

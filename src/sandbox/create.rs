@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use amber_proto::Identify;
 
-use super::instance::Identity;
+use super::instance::{Identity, end_behind};
 use super::registry::registry;
 use super::stores::{self, Places};
 use super::vm::{Orphan, Vm};
@@ -68,7 +68,7 @@ pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
 }
 
 /// Tells a copy who it is: id, host name, machine id, entropy, wall clock, environment. The agent holds user processes until then.
-async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, String>) -> Result<(), Error> {
+pub(super) async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, String>) -> Result<(), Error> {
     let mut entropy = vec![0; ENTROPY_BYTES];
     id::fill_random(&mut entropy)?;
     let agent = Agent::new(vm.connector());
@@ -82,17 +82,24 @@ async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, String>) -> Resu
         envs,
         ..Identify::default()
     };
-    tokio::select! {
-        identified = agent.identify(&request) => {
-            for warning in identified?.warnings {
-                tracing::warn!(sandbox = id, "{warning}");
+    let failure = tokio::select! {
+        identified = agent.identify(&request) => match identified {
+            Ok(identified) => {
+                for warning in identified.warnings {
+                    tracing::warn!(sandbox = id, "{warning}");
+                }
+                return Ok(());
             }
-            Ok(())
-        }
-        ended = vm.ended() => Err(Error::from(&ended)),
-        () = tokio::time::sleep(IDENTIFY_LIMIT) => Err(Error::Machine(format!(
+            Err(failure) => failure,
+        },
+        ended = vm.ended() => return Err(Error::from(&ended)),
+        () = tokio::time::sleep(IDENTIFY_LIMIT) => return Err(Error::Machine(format!(
             "The guest's agent did not answer within {} s of the restore",
             IDENTIFY_LIMIT.as_secs()
         ))),
+    };
+    match end_behind(&failure, vm.ended()).await {
+        Some(ended) => Err(Error::from(&ended)),
+        None => Err(failure.into()),
     }
 }

@@ -16,8 +16,18 @@ use super::vm::{Facts, Vm};
 use super::{Ended, Error};
 use crate::agent::{Agent, AgentError};
 
-/// How long a lost connection waits for the news of the machine's end before it is reported as such.
-const NEWS: Duration = Duration::from_secs(2);
+/// How long a lost connection waits for the news of the machine's end before it is reported as such. Ending takes some
+/// milliseconds, and longer on a busy host; an agent that loses connections without a machine that ends is broken anyway.
+const NEWS: Duration = Duration::from_secs(10);
+
+/// Why the machine ended, if `failure` is what its end looks like from a connection: connections break a moment before the
+/// end is known.
+pub(super) async fn end_behind(failure: &AgentError, ended: impl Future<Output = Ended>) -> Option<Ended> {
+    if !matches!(failure, AgentError::ConnectionLost(_) | AgentError::Unreachable(_)) {
+        return None;
+    }
+    tokio::time::timeout(NEWS, ended).await.ok()
+}
 
 /// Longest life: far beyond any use, and safe in all arithmetic of clocks.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -245,13 +255,10 @@ impl Sandbox {
             },
             reason = wait_end(&mut ended) => return Err(Error::from(&reason)),
         };
-        if matches!(failure, AgentError::ConnectionLost(_) | AgentError::Unreachable(_)) {
-            // Connections break a moment before the machine's end is known.
-            if let Ok(reason) = tokio::time::timeout(NEWS, wait_end(&mut ended)).await {
-                return Err(Error::from(&reason));
-            }
+        match end_behind(&failure, wait_end(&mut ended)).await {
+            Some(reason) => Err(Error::from(&reason)),
+            None => Err(map(failure)),
         }
-        Err(map(failure))
     }
 }
 

@@ -179,6 +179,21 @@ fn extend_never_shortens_and_set_timeout_may() {
 }
 
 #[test]
+fn a_crash_during_identification_is_told_as_such() {
+    on_runtime(async {
+        // Connections break before the news of the end arrives.
+        let vm = FakeVm::new(Guest::Hangs);
+        let identify = create::identify(&*vm, "i0", BTreeMap::new());
+        let crash = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            vm.crash();
+        };
+        let (result, ()) = tokio::join!(identify, crash);
+        assert!(matches!(result, Err(Error::SandboxCrashed { .. })), "{result:?}");
+    });
+}
+
+#[test]
 fn a_crash_reaches_pending_and_later_calls() {
     let home = tempfile::tempdir().unwrap();
     on_runtime(async {

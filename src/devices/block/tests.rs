@@ -1,7 +1,7 @@
 //! The block device as a driver meets it, well-behaved and hostile.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as blk;
@@ -242,7 +242,7 @@ fn several_requests_per_notification() {
     assert!(data.chunks(512).enumerate().all(|(i, chunk)| chunk.iter().all(|&b| usize::from(b) == i + 1)));
 }
 
-/// A disk on a host that has run out of space, or lost its image.
+/// A disk on a host that has run out of space.
 struct Failing;
 
 impl Disk for Failing {
@@ -288,15 +288,26 @@ impl Base for Corrupt {
 }
 
 #[test]
-fn a_corrupt_image_is_an_io_error_and_noted() {
+fn a_corrupt_image_is_noted_told_and_not_answered() {
     let disk = Overlay::new(Some(Arc::new(Corrupt)), DISK, Storage::Memory).unwrap();
     let mut driver = Driver::new(Block::new(resources(&disk)));
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&told);
+    disk.set_loss_listener(Box::new(move |reason| hears.lock().unwrap().push(reason.to_owned())));
     let buffer = driver.alloc(4096);
-    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_IN, 0, &[into(buffer, 512)]), (IOERR, 1));
-    assert_eq!(disk.fault().as_deref(), Some("Frame hash does not match"));
     // A whole block does not need the old content.
     assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 8, &[out(buffer, 4096)]), (OK, 1));
-    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 16, &[out(buffer, 512)]), (IOERR, 1));
+    assert!(!disk.lost());
+    let head = driver.place(&header(blk::VIRTIO_BLK_T_IN, 0));
+    let status = driver.place(&[0xee]);
+    driver.add(0, &[out(head, 16), into(buffer, 512), into(status, 1)]);
+    driver.kick(0);
+    assert_eq!(driver.used(0), None);
+    assert!(disk.lost());
+    assert_eq!(disk.fault().as_deref(), Some("Frame hash does not match"));
+    disk.read_at(0, &mut [0; 512]).unwrap_err();
+    let reason = "The disk image cannot be read: Frame hash does not match";
+    assert_eq!(told.lock().unwrap().as_slice(), [reason]);
 }
 
 #[test]
