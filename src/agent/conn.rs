@@ -33,6 +33,12 @@ impl Conn {
         Self { stream, decoder: Decoder::new(READ_BUFFER), closed: false }
     }
 
+    /// The end of frames: the stream as it is, and what has already been read of it.
+    pub(super) fn into_raw(self) -> (Box<dyn AsyncStream>, Vec<u8>) {
+        let early = self.decoder.rest().to_vec();
+        (self.stream, early)
+    }
+
     /// Reads once into the decoder.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut space = ReadBuf::new(self.decoder.space());

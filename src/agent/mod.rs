@@ -112,6 +112,14 @@ impl Agent {
         self.call(&proto::PtyResize { process: process.into(), size }).await.map(drop)
     }
 
+    /// Connects to a TCP port of the guest, on its loopback. What the server has said by then is in front of the stream.
+    /// [`AgentError::NotFound`] if nobody listens there, [`AgentError::Unsupported`] if the agent is too old.
+    pub async fn forward(&self, port: u16) -> Result<(Box<dyn AsyncStream>, Vec<u8>), AgentError> {
+        let mut conn = self.open(&proto::Forward { port }).await?;
+        conn.reply::<proto::Forward>().await?;
+        Ok(conn.into_raw())
+    }
+
     /// The guest's resource use.
     pub async fn metrics(&self) -> Result<Metrics, AgentError> {
         self.call(&proto::GetMetrics {}).await

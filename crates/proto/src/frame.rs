@@ -113,7 +113,12 @@ impl Decoder {
         Ok(Some(Frame { kind: Kind(*kind), payload }))
     }
 
-    /// The bytes that have arrived and belong to no frame taken so far.
+    /// The bytes that have arrived and belong to no frame taken so far: where frames end, what comes behind them.
+    pub fn rest(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Whether all bytes that have arrived belong to frames taken so far.
     pub fn is_empty(&self) -> bool {
         self.start == self.end
     }

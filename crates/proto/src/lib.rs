@@ -29,11 +29,11 @@ mod message;
 pub use error::{CodecError, ErrorCode, FrameError, RemoteError};
 pub use frame::{Decoder, Frame, HEADER_LEN, Kind, encode, header};
 pub use message::{
-    CloseStdin, Connect, Done, Entries, EntryInfo, Exec, Exit, FileType, Freeze, GetInfo, GetMetrics,
-    Identified, Identify, Info, List, ListProcesses, MakeDir, Metrics, ProcessInfo, Processes, PtyResize,
-    PtySize, Read, ReadStart, Remove, Rename, Request, RequestHead, SendStdin, Shutdown, Signal, Started,
-    Stat, Sync, Target, Thaw, Write, decode_args, decode_cbor, decode_head, decode_reply, encode_cbor,
-    encode_error, encode_reply, encode_request,
+    CloseStdin, Connect, Done, Entries, EntryInfo, Exec, Exit, FileType, Forward, Freeze, GetInfo,
+    GetMetrics, Identified, Identify, Info, List, ListProcesses, MakeDir, Metrics, ProcessInfo, Processes,
+    PtyResize, PtySize, Read, ReadStart, Remove, Rename, Request, RequestHead, SendStdin, Shutdown, Signal,
+    Started, Stat, Sync, Target, Thaw, Write, decode_args, decode_cbor, decode_head, decode_reply,
+    encode_cbor, encode_error, encode_reply, encode_request,
 };
 
 /// Version of the protocol that this crate speaks.

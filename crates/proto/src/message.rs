@@ -44,6 +44,7 @@ operations! {
     MakeDir => "make_dir", EntryInfo;
     Rename => "rename", EntryInfo;
     Remove => "remove", Done;
+    Forward => "forward", Done;
     GetMetrics => "metrics", Metrics;
     Sync => "sync", Done;
     Freeze => "freeze", Done;
@@ -415,6 +416,16 @@ pub struct Remove {
     pub path: String,
     /// User, by name.
     pub user: Option<String>,
+}
+
+/// Connects to a TCP port of the guest: on 127.0.0.1, and if nobody listens there on ::1. [`crate::ErrorCode::NotFound`] if nobody listens
+/// on either. After the reply there are no frames any more: the connection carries the bytes of the TCP connection in both directions,
+/// each of which ends with a shutdown of its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Forward {
+    /// The port.
+    pub port: u16,
 }
 
 /// Asks for the guest's resource use.

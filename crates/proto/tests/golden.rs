@@ -159,6 +159,8 @@ fn samples() -> Vec<Sample> {
         request(MakeDir { path: "d".into(), user: None }),
         request(Rename { from: "a".into(), to: "b".into(), user: None }),
         request(Remove { path: "a".into(), user: None }),
+        request(Forward { port: 8080 }),
+        reply::<Forward>(Done {}),
         request(GetMetrics {}),
         reply::<GetMetrics>(Metrics {
             wall_clock_ns: 1,

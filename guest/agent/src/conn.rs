@@ -99,6 +99,12 @@ impl Conn {
         }
     }
 
+    /// The end of frames: the stream as it is, and what has already been read of it.
+    pub(crate) fn into_raw(self) -> (Stream, Vec<u8>) {
+        let early = self.decoder.rest().to_vec();
+        (self.stream, early)
+    }
+
     /// Moves the connection out of the event loop.
     pub(crate) fn into_blocking(self) -> Result<BlockingConn> {
         let fd = self.stream.into_blocking().map_err(|_| Failure::Gone)?;

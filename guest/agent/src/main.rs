@@ -13,6 +13,7 @@
 mod conn;
 mod exec;
 mod files;
+mod forward;
 mod freeze;
 mod identify;
 mod init;

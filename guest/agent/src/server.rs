@@ -12,7 +12,7 @@ use amber_proto::{ErrorCode, Kind, Request, VERSION, decode_head};
 use crate::conn::{Conn, Failure, Result, args, failure};
 use crate::listen::Listener;
 use crate::state::{Settings, State};
-use crate::{Options, exec, files, freeze, identify, init, metrics, process, reap};
+use crate::{Options, exec, files, forward, freeze, identify, init, metrics, process, reap};
 
 /// Pause after the system ran out of descriptors or memory for a connection.
 const RETRY: Duration = Duration::from_millis(20);
@@ -35,6 +35,7 @@ pub(crate) const OPERATIONS: &[&str] = &[
     proto::MakeDir::OP,
     proto::Rename::OP,
     proto::Remove::OP,
+    proto::Forward::OP,
     proto::GetMetrics::OP,
     proto::Sync::OP,
     proto::Freeze::OP,
@@ -114,6 +115,7 @@ async fn dispatch(state: &Rc<State>, slot: &mut Option<Conn>, op: &str, payload:
             reply!(proto::CloseStdin, process::close_stdin(state, &args(payload)?).await)
         }
         proto::PtyResize::OP => reply!(proto::PtyResize, process::resize(state, &args(payload)?)),
+        proto::Forward::OP => forward::run(state, slot, args(payload)?).await,
         proto::GetMetrics::OP => reply!(proto::GetMetrics, metrics::metrics()),
         proto::Stat::OP => files::blocking::<proto::Stat>(state, slot, args(payload)?, files::stat).await,
         proto::List::OP => files::blocking::<proto::List>(state, slot, args(payload)?, files::list).await,

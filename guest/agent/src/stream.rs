@@ -95,6 +95,39 @@ impl Stream {
     }
 }
 
+impl Stream {
+    /// Says that nothing more will be written. The other direction stays open.
+    pub(crate) fn shutdown_write(&self) -> io::Result<()> {
+        Ok(rustix::net::shutdown(&self.0, rustix::net::Shutdown::Write)?)
+    }
+
+    /// Waits until something can be read.
+    pub(crate) async fn wait_readable(&self) -> io::Result<()> {
+        self.0.readable().await?.clear_ready();
+        Ok(())
+    }
+
+    /// Waits until something can be written: for a socket, until it is connected or has failed to.
+    pub(crate) async fn wait_writable(&self) -> io::Result<()> {
+        self.0.writable().await?.clear_ready();
+        Ok(())
+    }
+
+    /// Resolves when the other side will not read any more either; only for a socket whose end has been read.
+    pub(crate) async fn abandoned(&self) -> io::Error {
+        loop {
+            // Writes nothing, but only where something could be written.
+            match rustix::net::send(&self.0, &[], rustix::net::SendFlags::NOSIGNAL) {
+                Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return error.into(),
+            }
+            if let Err(error) = self.wait_writable().await {
+                return error;
+            }
+        }
+    }
+}
+
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.get_ref().as_fd()

@@ -2,6 +2,7 @@
 //! `AMBERBOX_TEST_AGENT` names another one.
 
 mod files;
+mod forward;
 mod processes;
 mod protocol;
 
