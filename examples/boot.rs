@@ -3,7 +3,7 @@
 //! ```text
 //! cargo run --release --example boot -- --kernel vmlinux --rootfs rootfs.ext4 \
 //!     [--init /bin/sh] [--params "quiet"] [--ram MiB] [--seconds N] [--symbols System.map] [--sample MS] \
-//!     [--store DIR [--capture SECONDS,SECONDS]]
+//!     [--store DIR [--capture SECONDS,SECONDS]] [--backend soft|kvm]
 //! cargo run --release --example boot -- --store DIR --restore SNAPSHOT [--seconds N] ...
 //! ```
 //! With `--exec COMMAND` the guest's first program should be the agent: the command is run through it, in bash.
@@ -23,7 +23,9 @@ use std::time::{Duration, Instant};
 use amber_layers::{NewSnapshot, Store};
 use amber_proto::{Exec, Identify};
 use amberbox::agent::{Agent, Event};
+use amberbox::machine::kvm::Kvm;
 use amberbox::machine::soft::Soft;
+use amberbox::machine::vcpu::Backend;
 use amberbox::machine::{BootConfig, DiskStorage, Machine, RestoreConfig};
 
 /// Command-line options.
@@ -40,6 +42,7 @@ struct Options {
     capture: Vec<Duration>,
     restore: Option<String>,
     exec: Option<String>,
+    backend: &'static dyn Backend,
 }
 
 impl Options {
@@ -69,6 +72,11 @@ impl Options {
                 .collect::<Result<_, _>>()?,
             restore: take("restore"),
             exec: take("exec"),
+            backend: match take("backend").as_deref() {
+                None | Some("soft") => &Soft,
+                Some("kvm") => &Kvm,
+                Some(other) => return Err(format!("Unknown backend {other}").into()),
+            },
         };
         match values.keys().next() {
             Some(name) => Err(format!("Unknown option --{name}").into()),
@@ -160,13 +168,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         (Some(id), Some(store)) => {
             let meta = store.resolve(id)?.ok_or("No such snapshot")?;
             let snapshot = images.insert(store.open_snapshot(&meta.id)?);
-            Machine::restore(snapshot, RestoreConfig { storage }, &Soft)?
+            Machine::restore(snapshot, RestoreConfig { storage }, options.backend)?
         }
         _ => {
             let (kernel, rootfs) = (options.kernel, options.rootfs);
             let (init, parameters) = (options.init, options.params);
             let config = BootConfig { ram: options.ram, kernel, init, parameters, rootfs, storage };
-            Machine::boot(config, &Soft)?
+            Machine::boot(config, options.backend)?
         }
     };
     let mut err = io::stderr();

@@ -3,15 +3,17 @@
 //! Guest time is the host's monotonic clock plus an offset that only changes while no CPU runs. So a guest that is frozen,
 //! saved and restored on another day finds its monotonic clock where it was; its wall clock is set by the agent, which
 //! knows that it is a copy. Under the software CPU the TSC counts the nanoseconds of guest time, and the kvm-clock page
-//! (Linux: Documentation/virt/kvm/x86/msr.rst) says so.
+//! (Linux: Documentation/virt/kvm/x86/msr.rst) says so. A backend that has a clock of its own ([`HostChips`]) is given guest
+//! time whenever the machine starts to run, and asked for it afterwards; it has TSC and kvm-clock to itself.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::platform::{MSR_KVM_SYSTEM_TIME, MSR_KVM_WALL_CLOCK, MSR_TSC, MemoryMap, TSC_HZ};
+use super::vcpu::{Counter, HostChips};
 
 /// The process's own zero of monotonic time.
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -52,7 +54,6 @@ pub struct ClockState {
 pub struct ClockStateError(&'static str);
 
 /// The clock of one machine.
-#[derive(Debug)]
 pub struct Clock {
     /// Guest time minus host time.
     offset: AtomicI64,
@@ -62,6 +63,17 @@ pub struct Clock {
     tsc_offset: AtomicU64,
     system_time: AtomicU64,
     map: MemoryMap,
+    /// The backend's own clock, if it has one.
+    host: Option<Arc<dyn HostChips>>,
+}
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clock")
+            .field("now", &self.now())
+            .field("hosted", &self.host.is_some())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Bytes that a write to one of the clock's MSRs puts into guest memory.
@@ -82,6 +94,7 @@ impl Clock {
             tsc_offset: AtomicU64::new(0),
             system_time: AtomicU64::new(0),
             map,
+            host: None,
         }
     }
 
@@ -105,25 +118,44 @@ impl Clock {
         Ok(clock)
     }
 
-    /// The state to save.
-    pub fn state(&self) -> ClockState {
+    /// Hands the clock over to the backend, which keeps it from now on. It is frozen.
+    ///
+    /// # Errors
+    /// The backend refuses it.
+    pub fn hosted(mut self, host: Arc<dyn HostChips>) -> Result<Clock, String> {
+        host.set_counter(self.tsc(), self.system_time.load(Ordering::Acquire))?;
+        self.host = Some(host);
+        Ok(self)
+    }
+
+    /// The state to save. With a clock of the backend's own, no CPU runs.
+    ///
+    /// # Errors
+    /// The backend cannot tell.
+    pub fn state(&self) -> Result<ClockState, String> {
         let guest_ns = self.now();
-        ClockState {
-            guest_ns,
-            tsc: guest_ns.wrapping_add(self.tsc_offset.load(Ordering::Acquire)),
-            tsc_hz: TSC_HZ,
-            system_time: self.system_time.load(Ordering::Acquire),
-            wall_ns: wall_clock(),
-        }
+        let counter = match &self.host {
+            Some(host) => host.counter()?,
+            None => Counter {
+                tsc: guest_ns.wrapping_add(self.tsc_offset.load(Ordering::Acquire)),
+                tsc_hz: TSC_HZ,
+                system_time: self.system_time.load(Ordering::Acquire),
+            },
+        };
+        let Counter { tsc, tsc_hz, system_time } = counter;
+        Ok(ClockState { guest_ns, tsc, tsc_hz, system_time, wall_ns: wall_clock() })
     }
 
     /// Guest time.
     #[inline]
     pub fn now(&self) -> u64 {
-        match self.frozen.load(Ordering::Acquire) {
-            RUNNING => monotonic().wrapping_add(self.offset.load(Ordering::Relaxed)) as u64,
-            frozen => frozen,
+        let frozen = self.frozen.load(Ordering::Acquire);
+        if frozen != RUNNING {
+            return frozen;
         }
+        // A host that does not answer has no machine any more; the estimate is good enough to say so.
+        let host = self.host.as_ref().and_then(|host| host.guest_time().ok());
+        host.unwrap_or_else(|| monotonic().wrapping_add(self.offset.load(Ordering::Relaxed)) as u64)
     }
 
     /// The time-stamp counter.
@@ -141,6 +173,10 @@ impl Clock {
     pub fn thaw(&self) {
         let frozen = self.frozen.load(Ordering::Acquire);
         if frozen != RUNNING {
+            if let Some(host) = &self.host {
+                // A host that refuses will refuse to run the CPU too, and that is reported.
+                let _ = host.set_guest_time(frozen);
+            }
             self.offset.store((frozen as i64).wrapping_sub(monotonic()), Ordering::Release);
             self.frozen.store(RUNNING, Ordering::Release);
         }
@@ -262,9 +298,9 @@ mod tests {
         clock.wrmsr(MSR_TSC, 1 << 40).unwrap().unwrap();
         clock.wrmsr(MSR_KVM_SYSTEM_TIME, 0x1001).unwrap().unwrap();
         clock.freeze();
-        let state = clock.state();
+        let state = clock.state().unwrap();
         let copy = Clock::restore(map(), &state).unwrap();
-        assert_eq!(copy.state().guest_ns, state.guest_ns);
+        assert_eq!(copy.state().unwrap().guest_ns, state.guest_ns);
         let page = copy.system_time_page().unwrap();
         assert_eq!(page.address, 0x1000);
         assert_eq!((u64_at(&page.bytes, 8), u64_at(&page.bytes, 16)), (state.tsc, state.guest_ns));
@@ -304,10 +340,10 @@ mod tests {
         assert!(clock.wrmsr(MSR_KVM_WALL_CLOCK, 16 * PAGE_SIZE - 4).unwrap().is_err());
         assert_eq!(clock.wrmsr(MSR_KVM_SYSTEM_TIME, 0).unwrap(), Ok(None));
         assert!(clock.wrmsr(0x11, 0).is_none());
-        let mut state = clock.state();
+        let mut state = clock.state().unwrap();
         state.system_time = 1 << 40 | 1;
         assert!(Clock::restore(map(), &state).is_err());
-        state = ClockState { guest_ns: u64::MAX, ..clock.state() };
+        state = ClockState { guest_ns: u64::MAX, ..clock.state().unwrap() };
         assert!(Clock::restore(map(), &state).is_err());
     }
 }

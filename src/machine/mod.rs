@@ -9,7 +9,7 @@
 //! - [`platform`]: what the guest sees, as one table.
 //! - [`ram`]: guest memory, its lazy filling and its page flags.
 //! - [`irq`]: local APIC, I/O APIC, interval timer. [`clock`]: guest time, TSC, kvm-clock.
-//! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; `bus`: what a CPU reaches; [`probe`]: which backend.
+//! - [`vcpu`]: the CPU seam; [`soft`]: the software CPU behind it; [`kvm`]: the host's CPU behind it; `bus`: what a CPU reaches; [`probe`]: which backend.
 //! - `snapshot`: taking and restoring snapshots. `boot`: loading a kernel; `run`: the CPU's thread; `devices`: who is in which slot; `end`: how it ends.
 
 mod boot;
@@ -18,6 +18,8 @@ pub mod clock;
 mod devices;
 mod end;
 pub mod irq;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod platform;
 pub mod probe;
 pub mod ram;
@@ -45,7 +47,7 @@ use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
 use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Room, refuse};
-use self::vcpu::{Backend, BackendKind, Counters};
+use self::vcpu::{Backend, BackendKind, Counters, HostChips, Vm};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
 use crate::devices::vsock::VsockConnector;
@@ -210,9 +212,11 @@ impl Machine {
         let command_line = platform::command_line(&config.init, &config.parameters);
         let state = boot::load(&memory, map, &kernel, &command_line, &seed)?;
         let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
-        let mut vcpu = backend.create_vcpu(&ram).map_err(cpu_error)?;
+        let Vm { mut vcpus, chips } = backend.create_vm(&ram).map_err(cpu_error)?;
+        let mut vcpu = vcpus.pop().ok_or_else(|| cpu_error("It has none".into()))?;
         vcpu.set_state(&state).map_err(cpu_error)?;
-        let (irqchip, console) = (Arc::new(Irqchip::new()), ConsoleLog::new());
+        let (irqchip, clock) = host(Irqchip::new(), Clock::new(map), chips).map_err(cpu_error)?;
+        let console = ConsoleLog::new();
         let unreadable = |source| MachineError::Rootfs { path: config.rootfs.clone(), source };
         let base = Arc::new(RawImage::open(&config.rootfs).map_err(unreadable)?);
         let bytes = base.len();
@@ -225,7 +229,7 @@ impl Machine {
         let devices = Devices::new(Parts { memory, irqchip: &irqchip, disk, console: console.clone() });
         let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
         let lineage = Lineage { memory: None, disk: parent, storage: config.storage };
-        Self::assemble(guts, irqchip, Clock::new(map), console, lineage, backend.kind())
+        Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
 
     /// A copy of the machine in a snapshot, paused. None of its memory or disk is read yet.
@@ -246,14 +250,17 @@ impl Machine {
             ram.write(page.address, &page.bytes).map_err(refuse::clock)?;
         }
         let irqchip = Irqchip::restore(&state.irqchip, state.clock.guest_ns).map_err(refuse::irqchip)?;
-        let (irqchip, console) = (Arc::new(irqchip), ConsoleLog::new());
+        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
+        let Vm { mut vcpus, chips } = backend.create_vm(&ram).map_err(cpu_error)?;
+        let mut vcpu = vcpus.pop().ok_or_else(|| cpu_error("It has none".into()))?;
+        vcpu.set_state(&state.cpu).map_err(refuse::cpu)?;
+        // A backend with controllers of its own waits for interrupts itself.
+        let halted = state.cpu.halted && chips.is_none();
+        let (irqchip, clock) = host(irqchip, clock, chips).map_err(cpu_error)?;
+        let console = ConsoleLog::new();
         let disk = config.storage.overlay(Arc::new(DiskBase(Arc::clone(snapshot.disk()))))?;
         let parts = Parts { memory, irqchip: &irqchip, disk, console: console.clone() };
         let devices = Devices::restore(parts, &state.devices).map_err(refuse::device)?;
-        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
-        let mut vcpu = backend.create_vcpu(&ram).map_err(cpu_error)?;
-        vcpu.set_state(&state.cpu).map_err(refuse::cpu)?;
-        let halted = state.cpu.halted;
         let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted, unknown_msrs: Vec::new() };
         let lineage = Lineage {
             memory: Some(Arc::clone(snapshot.memory())),
@@ -279,8 +286,8 @@ impl Machine {
         let stopped = Instant::now();
         let mut held = core.hold().ok_or_else(|| self.ended_error())?;
         let Some(guts) = held.guts() else { return Err(self.ended_error()) };
-        let clock = core.clock.state();
-        let irqchip = core.irqchip.state(clock.guest_ns);
+        let clock = core.clock.state().map_err(SnapshotError::Host)?;
+        let irqchip = core.irqchip.state(clock.guest_ns).map_err(SnapshotError::Host)?;
         let mut capture = Capture::take(guts, room, clock, irqchip, &lineage.storage, started)?;
         drop(held);
         capture.pause = stopped.elapsed();
@@ -355,7 +362,7 @@ impl Machine {
         {
             (diagnostics.dirty_pages, diagnostics.absent_pages) = guts.ram.counts();
             diagnostics.unknown_msrs.clone_from(&guts.unknown_msrs);
-            diagnostics.rip = guts.vcpu.state().rip;
+            diagnostics.rip = guts.vcpu.state().map_or(0, |state| state.rip);
         }
         (diagnostics.cpu, diagnostics.wakeups) = core.counters();
         diagnostics
@@ -393,6 +400,17 @@ impl Machine {
         let killed = || MachineEnd { kind: EndKind::Killed, detail: String::new(), console: String::new() };
         MachineError::Ended(self.end().unwrap_or_else(killed))
     }
+}
+
+/// Lets the backend have the controllers and the clock, if it has its own.
+fn host(
+    irqchip: Irqchip,
+    clock: Clock,
+    chips: Option<Arc<dyn HostChips>>,
+) -> Result<(Arc<Irqchip>, Clock), String> {
+    let Some(chips) = chips else { return Ok((Arc::new(irqchip), clock)) };
+    let irqchip = irqchip.hosted(clock.now(), Arc::clone(&chips))?;
+    Ok((Arc::new(irqchip), clock.hosted(chips)?))
 }
 
 fn memory_of(ram: &Arc<Ram>) -> Result<ram::view::GuestMemory, MachineError> {

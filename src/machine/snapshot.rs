@@ -84,6 +84,9 @@ pub enum SnapshotError {
         /// Why not.
         source: io::Error,
     },
+    /// The host does not tell the state of the machine.
+    #[error("The host does not tell the state of the virtual machine: {0}")]
+    Host(String),
     /// The store cannot take it.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -401,10 +404,11 @@ impl Capture {
         started: Instant,
     ) -> Result<Capture, SnapshotError> {
         let disk = storage.freeze(guts.devices.disk())?;
-        let mut cpu = guts.vcpu.state();
+        let mut cpu = guts.vcpu.state().map_err(SnapshotError::Host)?;
         cpu.halted |= guts.halted;
         let devices = guts.devices.state();
         let state = MachineState { ram: guts.ram.map().bytes(), cpu, irqchip, clock, devices };
+        guts.vcpu.collect_dirty().map_err(SnapshotError::Host)?;
         let dirty = guts.ram.take_dirty();
         guts.vcpu.forget_dirty();
         let memory = CopiedPages::new(&guts.ram, dirty, room);

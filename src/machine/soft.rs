@@ -6,7 +6,7 @@ use amber_x86::state::CpuState;
 use amber_x86::{Bus, Cpu, Exit, Kick};
 
 use super::ram::Ram;
-use super::vcpu::{Backend, BackendKind, Counters, Kicker, Vcpu, VcpuExit};
+use super::vcpu::{Backend, BackendKind, Counters, Kicker, Vcpu, VcpuExit, Vm};
 
 /// RFLAGS: interrupts enabled.
 const IF: u64 = 1 << 9;
@@ -20,7 +20,7 @@ impl Backend for Soft {
         BackendKind::Soft
     }
 
-    fn create_vcpu(&self, ram: &Arc<Ram>) -> Result<Box<dyn Vcpu>, String> {
+    fn create_vm(&self, ram: &Arc<Ram>) -> Result<Vm, String> {
         // Vector operations run the host's own instructions (see amber_x86): without them they would be SIGILL, in Node's process.
         let host = [
             ("SSSE3", std::arch::is_x86_feature_detected!("ssse3")),
@@ -33,7 +33,7 @@ impl Backend for Soft {
             ));
         }
         let ram: Arc<Ram> = Arc::clone(ram);
-        Ok(Box::new(SoftVcpu { cpu: Cpu::new(ram) }))
+        Ok(Vm { vcpus: vec![Box::new(SoftVcpu { cpu: Cpu::new(ram) })], chips: None })
     }
 }
 
@@ -66,8 +66,8 @@ impl Vcpu for SoftVcpu {
         }
     }
 
-    fn state(&self) -> CpuState {
-        self.cpu.state()
+    fn state(&self) -> Result<CpuState, String> {
+        Ok(self.cpu.state())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), String> {

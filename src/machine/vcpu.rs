@@ -1,14 +1,15 @@
 //! The CPU seam: what a machine asks of something that executes guest instructions, and nothing else.
 //!
-//! The state that crosses it is [`CpuState`], which is neutral. A backend emulates or virtualises the CPU; interrupt
-//! controllers, timers and devices are the machine's ([`Bus`]). (A backend with controllers of its own, as KVM's, loads
-//! and saves the same [`IrqchipState`](super::irq::IrqchipState).)
+//! The state that crosses it is [`CpuState`], which is neutral. A backend emulates or virtualises the CPUs; devices are
+//! the machine's ([`Bus`]). Interrupt controllers, timers and the clock are the machine's too, unless the backend has its
+//! own ([`HostChips`]): it then loads and saves the same neutral states.
 
 use std::sync::Arc;
 
 use amber_x86::Bus;
 use amber_x86::state::CpuState;
 
+use super::irq::IrqchipState;
 use super::ram::Ram;
 
 /// Why a CPU came back.
@@ -42,7 +43,10 @@ pub trait Vcpu: Send {
     /// Executes until something needs the machine's attention.
     fn run(&mut self, bus: &mut dyn Bus) -> VcpuExit;
     /// The state between two instructions.
-    fn state(&self) -> CpuState;
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn state(&self) -> Result<CpuState, String>;
     /// Replaces the state.
     ///
     /// # Errors
@@ -50,8 +54,16 @@ pub trait Vcpu: Send {
     fn set_state(&mut self, state: &CpuState) -> Result<(), String>;
     /// A handle to reach it while it runs.
     fn kicker(&self) -> Arc<dyn Kicker>;
+    /// Marks the pages dirty that any CPU of the machine has written since this was last called, where that is not done
+    /// as they are written. None of them runs.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn collect_dirty(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     /// Forgets which pages it may write without a look at their flags: from the next instruction on, the first
-    /// write to a page marks it dirty again.
+    /// write to a page marks it dirty again. Called after [`collect_dirty`](Self::collect_dirty).
     fn forget_dirty(&mut self);
     /// Counters worth showing.
     fn counters(&self) -> Counters;
@@ -91,13 +103,69 @@ impl BackendKind {
     }
 }
 
-/// Makes CPUs.
+/// Interrupt controllers, timers and the clock of a backend that has its own, in the host's kernel. Where a method does
+/// not say otherwise, no CPU runs when it is called.
+pub trait HostChips: Send + Sync {
+    /// A device drives an input of the I/O APIC. Called at any time, from any thread, when the level changes.
+    fn set_line(&self, pin: u8, high: bool);
+    /// The controllers' state. Lines that are high are not in it: the machine knows them.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn irqchip(&self) -> Result<IrqchipState, String>;
+    /// Loads the controllers' state, which has been validated; after the CPUs' own.
+    ///
+    /// # Errors
+    /// The host refuses it.
+    fn set_irqchip(&self, state: &IrqchipState) -> Result<(), String>;
+    /// Guest time in nanoseconds, which runs whether or not a CPU does. Called at any time.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn guest_time(&self) -> Result<u64, String>;
+    /// Lets guest time go on from here.
+    ///
+    /// # Errors
+    /// The host refuses it.
+    fn set_guest_time(&self, ns: u64) -> Result<(), String>;
+    /// The boot processor's counter.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn counter(&self) -> Result<Counter, String>;
+    /// Loads it; the rate is the host's. The counters of all CPUs are the same.
+    ///
+    /// # Errors
+    /// The host refuses it.
+    fn set_counter(&self, tsc: u64, system_time: u64) -> Result<(), String>;
+}
+
+/// A CPU's time-stamp counter, and how the guest has it turned into time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counter {
+    /// The counter.
+    pub tsc: u64,
+    /// Its ticks per second.
+    pub tsc_hz: u64,
+    /// kvm-clock's system-time MSR.
+    pub system_time: u64,
+}
+
+/// The CPUs of a machine, and what else its backend brings.
+pub struct Vm {
+    /// As after reset; the first is the boot processor.
+    pub vcpus: Vec<Box<dyn Vcpu>>,
+    /// Interrupt controllers and clock, if they are the backend's.
+    pub chips: Option<Arc<dyn HostChips>>,
+}
+
+/// Makes virtual machines.
 pub trait Backend: Send + Sync {
     /// Which kind.
     fn kind(&self) -> BackendKind;
-    /// A CPU as after reset, over `ram`.
+    /// A machine over `ram`.
     ///
     /// # Errors
     /// Why there is none.
-    fn create_vcpu(&self, ram: &Arc<Ram>) -> Result<Box<dyn Vcpu>, String>;
+    fn create_vm(&self, ram: &Arc<Ram>) -> Result<Vm, String>;
 }

@@ -12,12 +12,14 @@ const VERSION: u32 = 0x11 | (IOAPIC_PINS as u32 - 1) << 16;
 /// Redirection entry bits.
 const LOGICAL: u64 = 1 << 11;
 const DELIVERY_STATUS: u64 = 1 << 12;
-const REMOTE_IRR: u64 = 1 << 14;
-const LEVEL: u64 = 1 << 15;
+/// A level-triggered message has been sent and not ended.
+pub(in crate::machine) const REMOTE_IRR: u64 = 1 << 14;
+/// Level-triggered.
+pub(in crate::machine) const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
 const READ_ONLY: u64 = DELIVERY_STATUS | REMOTE_IRR;
 /// Bits of an entry that exist.
-const ENTRY: u64 = 0xff00_0000_0001_ffff;
+pub(in crate::machine) const ENTRY: u64 = 0xff00_0000_0001_ffff;
 
 /// Saved registers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,5 +1,8 @@
 //! The interrupt controllers and timers of a machine, behind one lock, and the news of them to the CPU.
 //!
+//! A backend may have its own instead ([`HostChips`]): then only the levels of the lines are kept here, and they are
+//! never pending as far as the machine is concerned.
+//!
 //! **Lock order:** devices drive their lines with their own locks held ([`Line`]); this lock is always the inner one, and
 //! nothing is called with it held but the CPU's notifier, which takes none.
 
@@ -16,6 +19,7 @@ use self::ioapic::{Ioapic, IoapicState, IoapicStateError};
 use self::lapic::{Lapic, LapicState, LapicStateError};
 use self::pit::{Pit, PitState, PitStateError};
 use super::platform::PIT_PIN;
+use super::vcpu::HostChips;
 
 /// No deadline.
 const NEVER: u64 = u64::MAX;
@@ -66,6 +70,8 @@ pub struct Irqchip {
     /// The level of each input, so that a device which repeats itself costs nothing.
     levels: AtomicU32,
     notifier: OnceLock<Notifier>,
+    /// The backend's own controllers, which then take the place of `chips`.
+    host: Option<Arc<dyn HostChips>>,
 }
 
 impl std::fmt::Debug for Irqchip {
@@ -100,12 +106,38 @@ impl Irqchip {
         Ok(irqchip)
     }
 
+    /// Hands this state over to the backend's own controllers, which all interrupts go through from now on.
+    ///
+    /// # Errors
+    /// The backend refuses it.
+    pub fn hosted(self, now: u64, host: Arc<dyn HostChips>) -> Result<Irqchip, String> {
+        host.set_irqchip(&self.state(now)?)?;
+        Ok(Irqchip {
+            levels: self.levels,
+            host: Some(host),
+            deadline: AtomicU64::new(NEVER),
+            ..Irqchip::default()
+        })
+    }
+
     /// The state to save, at guest time `now`. Timers that are due fire first: a count that has run out looks like one
-    /// that never ran.
-    pub fn state(&self, now: u64) -> IrqchipState {
+    /// that never ran. With controllers of the backend's own, no CPU runs.
+    ///
+    /// # Errors
+    /// The backend cannot tell.
+    pub fn state(&self, now: u64) -> Result<IrqchipState, String> {
+        if let Some(host) = &self.host {
+            let mut state = host.irqchip()?;
+            state.ioapic.irr = self.levels.load(Ordering::Acquire);
+            return Ok(state);
+        }
         self.expire(now);
         let chips = self.lock();
-        IrqchipState { lapic: chips.lapic.state(now), ioapic: chips.ioapic.state(), pit: chips.pit.state() }
+        Ok(IrqchipState {
+            lapic: chips.lapic.state(now),
+            ioapic: chips.ioapic.state(),
+            pit: chips.pit.state(),
+        })
     }
 
     /// Sets who is told of deliverable interrupts. Only the first call counts.
@@ -223,7 +255,12 @@ impl Irqchip {
         } else {
             self.levels.fetch_and(!bit, Ordering::AcqRel)
         };
-        if (before & bit != 0) != high {
+        if (before & bit != 0) == high {
+            return;
+        }
+        if let Some(host) = &self.host {
+            host.set_line(pin, high);
+        } else {
             self.with(|Chips { lapic, ioapic, .. }| ioapic.set_line(pin, high, lapic));
         }
     }
@@ -297,7 +334,7 @@ mod tests {
         assert_eq!(chip.acknowledge(), Some(0x30));
         assert_eq!(chip.deadline(), Some(20_000_300));
         // Both go on after a restore: the interval timer's is earlier.
-        let restored = Irqchip::restore(&chip.state(15_000_000), 15_000_000).unwrap();
+        let restored = Irqchip::restore(&chip.state(15_000_000).unwrap(), 15_000_000).unwrap();
         assert_eq!(restored.deadline(), Some(20_000_300));
         restored.write_pit(0x43, 0x30, 15_000_000);
         assert_eq!(restored.deadline(), Some(50_000_000));
@@ -309,7 +346,7 @@ mod tests {
         chip.write_lapic(0xf0, 0x1ff, 0);
         chip.write_lapic(0x320, 0xec, 0);
         chip.write_lapic(0x380, 1000, 0);
-        let restored = Irqchip::restore(&chip.state(1_000_000), 1_000_000).unwrap();
+        let restored = Irqchip::restore(&chip.state(1_000_000).unwrap(), 1_000_000).unwrap();
         assert_eq!(restored.acknowledge(), Some(0xec));
     }
 
@@ -319,9 +356,9 @@ mod tests {
         chip.write_lapic(0xf0, 0x1ff, 0);
         unmask(&chip, 7, 0x37);
         Line::new(&chip, 7).set(true);
-        let state = chip.state(9);
+        let state = chip.state(9).unwrap();
         let restored = Arc::new(Irqchip::restore(&state, 9).unwrap());
-        assert_eq!(restored.state(9), state);
+        assert_eq!(restored.state(9).unwrap(), state);
         assert!(restored.pending());
         assert_eq!(restored.acknowledge(), Some(0x37));
         // The line was high already: driving it again is no rise.

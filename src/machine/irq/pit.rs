@@ -32,6 +32,39 @@ pub struct PitState {
 #[error("Saved state of the interval timer is invalid")]
 pub struct PitStateError;
 
+/// What the guest has programmed, as a backend with a timer of its own sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::machine) struct Programmed {
+    /// Counting mode, 0 to 5.
+    pub(in crate::machine) mode: u8,
+    /// Which bytes of the count are accessed, 1 to 3.
+    pub(in crate::machine) access: u8,
+    /// The count; 0 is the longest.
+    pub(in crate::machine) count: u32,
+}
+
+impl PitState {
+    /// A timer that began to count at guest time `now`, if it does, and the masks of the absent 8259s.
+    pub(in crate::machine) fn running(programmed: Option<Programmed>, masks: [u8; 2], now: u64) -> PitState {
+        let mut pit = Pit::new();
+        if let Some(Programmed { mode, access, count }) = programmed {
+            (pit.0.mode, pit.0.access) = (mode, access);
+            pit.load(count as u16, now);
+        }
+        PitState { masks, ..pit.0 }
+    }
+
+    /// What it counts, unless it has come to its end.
+    pub(in crate::machine) fn programmed(&self) -> Option<Programmed> {
+        self.next.map(|_| Programmed { mode: self.mode, access: self.access, count: self.reload })
+    }
+
+    /// The mask registers of the absent 8259s.
+    pub(in crate::machine) fn masks(&self) -> [u8; 2] {
+        self.masks
+    }
+}
+
 /// The interval timer.
 #[derive(Debug, Clone, Default)]
 pub struct Pit(PitState);

@@ -116,33 +116,10 @@ fn try_probe() -> Result<Verdict, Verdict> {
 /// The guest's first state in KVM's structures.
 #[cfg(target_arch = "x86_64")]
 fn registers(mut sregs: kvm_bindings::kvm_sregs) -> (kvm_bindings::kvm_sregs, kvm_bindings::kvm_regs) {
-    use amber_x86::state::SegmentState;
-    use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+    use kvm_bindings::kvm_regs;
 
     let state = super::guest::state();
-    let segment = |s: &SegmentState| {
-        let bit = |n: u32| (s.attributes >> n & 1) as u8;
-        kvm_segment {
-            base: s.base,
-            limit: s.limit,
-            selector: s.selector,
-            type_: (s.attributes & 0xf) as u8,
-            present: bit(7),
-            dpl: (s.attributes >> 5 & 3) as u8,
-            db: bit(14),
-            s: bit(4),
-            l: bit(13),
-            g: bit(15),
-            avl: bit(12),
-            unusable: u8::from(bit(7) == 0),
-            padding: 0,
-        }
-    };
-    [sregs.es, sregs.cs, sregs.ss, sregs.ds, sregs.fs, sregs.gs] = state.segments.each_ref().map(segment);
-    (sregs.tr, sregs.ldt) = (segment(&state.tr), segment(&state.ldtr));
-    let table =
-        |t: amber_x86::state::TableState| kvm_dtable { base: t.base, limit: t.limit, padding: [0; 3] };
-    (sregs.gdt, sregs.idt) = (table(state.gdtr), table(state.idtr));
+    crate::machine::kvm::from_segments(&state, &mut sregs);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (state.cr0, state.cr3, state.cr4, 0x500);
     let regs = kvm_regs {
         rcx: state.gpr[1],

@@ -1,0 +1,162 @@
+//! The interrupt controllers' state in KVM's terms, and back. Pure conversions.
+//!
+//! KVM's local APIC page is the neutral one. Two things happen to it on the way out. An interrupt that the CPU has
+//! accepted and not yet begun to handle goes back from "in service" to "requested". And a one-shot timer that has run out
+//! counts as requested too: KVM may have noted that only outside the page, and a guest minds one timer interrupt too many
+//! far less than one that never comes.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_ioapic_state, kvm_irqchip,
+    kvm_lapic_state, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
+};
+
+use crate::machine::irq::ioapic::{ENTRY, IoapicState, LEVEL, REMOTE_IRR};
+use crate::machine::irq::lapic::LapicState;
+use crate::machine::irq::pit::{PitState, Programmed};
+use crate::machine::platform::{IOAPIC_BASE, IOAPIC_PINS};
+
+/// Offsets in the local APIC's page.
+const ISR: usize = 0x100;
+const IRR: usize = 0x200;
+const LVT_TIMER: usize = 0x320;
+const TMICT: usize = 0x380;
+const TMCCT: usize = 0x390;
+/// LVT bits.
+const MASKED: u32 = 1 << 16;
+const TIMER_MODE: u32 = 3 << 17;
+/// A counter channel in no mode: nothing counts.
+const NO_MODE: u8 = 0xff;
+
+/// A local APIC's register page.
+struct Registers(Vec<u8>);
+
+impl Registers {
+    fn get(&self, at: usize) -> u32 {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&self.0[at..at + 4]);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn set(&mut self, at: usize, value: u32) {
+        self.0[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn set_bit(&mut self, first: usize, vector: u8, on: bool) {
+        let at = first + usize::from(vector / 32) * 16;
+        let (bit, old) = (1 << (vector % 32), self.get(at));
+        self.set(at, if on { old | bit } else { old & !bit });
+    }
+
+    /// A one-shot timer has an initial count and nothing left of it.
+    fn timer_ran_out(&self) -> bool {
+        let lvt = self.get(LVT_TIMER);
+        lvt & TIMER_MODE == 0 && self.get(TMICT) != 0 && self.get(TMCCT) == 0
+    }
+}
+
+/// The neutral local APIC. `accepted` is the external interrupt that the CPU has accepted and not begun to handle.
+pub(super) fn from_lapic(lapic: &kvm_lapic_state, accepted: Option<u8>) -> LapicState {
+    let mut regs = Registers(lapic.regs.iter().map(|byte| byte.cast_unsigned()).collect());
+    if let Some(vector) = accepted {
+        regs.set_bit(ISR, vector, false);
+        regs.set_bit(IRR, vector, true);
+    }
+    if regs.timer_ran_out() {
+        let lvt = regs.get(LVT_TIMER);
+        if lvt & MASKED == 0 && lvt as u8 >= 16 {
+            regs.set_bit(IRR, lvt as u8, true);
+        }
+        regs.set(TMICT, 0);
+    }
+    LapicState { page: regs.0 }
+}
+
+/// A validated local APIC in KVM's terms.
+pub(super) fn to_lapic(state: &LapicState) -> kvm_lapic_state {
+    let mut regs = Registers(state.page.clone());
+    // KVM starts a timer that has nothing left: it would fire once more.
+    if regs.timer_ran_out() {
+        regs.set(TMICT, 0);
+    }
+    let mut lapic = kvm_lapic_state::default();
+    for (register, byte) in lapic.regs.iter_mut().zip(&regs.0) {
+        *register = byte.cast_signed();
+    }
+    lapic
+}
+
+/// The neutral I/O APIC; the levels of its lines are the machine's to tell.
+pub(super) fn from_ioapic(chip: &kvm_irqchip) -> IoapicState {
+    // SAFETY: the chip is the I/O APIC, which the caller has asked for; all members are plain integers.
+    let ioapic = unsafe { chip.chip.ioapic };
+    let entry = |entry: &kvm_bindings::kvm_ioapic_state__bindgen_ty_1| {
+        // SAFETY: both members of the union are 64 plain bits.
+        let bits = unsafe { entry.bits } & ENTRY;
+        if bits & LEVEL == 0 { bits & !REMOTE_IRR } else { bits }
+    };
+    IoapicState {
+        base: IOAPIC_BASE,
+        select: ioapic.ioregsel & 0xff,
+        id: ioapic.id & 0xf,
+        irr: 0,
+        entries: ioapic.redirtbl.iter().map(entry).collect(),
+    }
+}
+
+/// A validated I/O APIC in KVM's terms.
+pub(super) fn to_ioapic(state: &IoapicState) -> kvm_irqchip {
+    let mut ioapic = kvm_ioapic_state {
+        base_address: state.base,
+        ioregsel: state.select,
+        id: state.id,
+        ..kvm_ioapic_state::default()
+    };
+    for (pin, (slot, bits)) in ioapic.redirtbl.iter_mut().zip(&state.entries).enumerate() {
+        slot.bits = *bits;
+        // KVM delivers what is requested here. The rise of an edge-triggered line has been delivered.
+        if bits & LEVEL != 0 {
+            ioapic.irr |= state.irr & 1 << pin;
+        }
+    }
+    debug_assert_eq!(state.entries.len(), IOAPIC_PINS);
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..kvm_irqchip::default() };
+    chip.chip.ioapic = ioapic;
+    chip
+}
+
+/// The neutral interval timer, with the mask registers of the interrupt controllers at guest time `now`.
+pub(super) fn from_pit(pit: &kvm_pit_state2, masters: [&kvm_irqchip; 2], now: u64) -> PitState {
+    // SAFETY: the chips are 8259s, which the caller has asked for; all members are plain integers.
+    let masks = masters.map(|chip| unsafe { chip.chip.pic }.imr);
+    let channel = &pit.channels[0];
+    let programmed = (channel.mode <= 5).then(|| Programmed {
+        mode: channel.mode,
+        access: if (1..=3).contains(&channel.rw_mode) { channel.rw_mode } else { 3 },
+        // 0 is KVM's too for the longest count.
+        count: channel.count,
+    });
+    PitState::running(programmed, masks, now)
+}
+
+/// A validated interval timer in KVM's terms: a count begins anew.
+pub(super) fn to_pit(state: &PitState) -> kvm_pit_state2 {
+    let mut pit = kvm_pit_state2::default();
+    for channel in &mut pit.channels {
+        *channel = kvm_pit_channel_state { mode: NO_MODE, gate: 1, rw_mode: 3, ..Default::default() };
+    }
+    if let Some(Programmed { mode, access, count }) = state.programmed() {
+        let channel = &mut pit.channels[0];
+        (channel.mode, channel.rw_mode, channel.count) = (mode, access, count);
+    }
+    pit
+}
+
+/// The 8259s that the platform does not have: nothing reaches them, but their mask registers can be read back.
+pub(super) fn to_pics(state: &PitState) -> [kvm_irqchip; 2] {
+    let ids = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE];
+    let mut chips = ids.map(|chip_id| kvm_irqchip { chip_id, ..kvm_irqchip::default() });
+    for (chip, imr) in chips.iter_mut().zip(state.masks()) {
+        chip.chip.pic = kvm_pic_state { imr, ..kvm_pic_state::default() };
+    }
+    chips
+}
