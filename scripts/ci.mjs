@@ -1,6 +1,6 @@
 #!/usr/bin/env node
-// What continuous integration runs: lint, the Rust tests, then `npm test`. Ends with one line that sums up both test
-// runners.
+// What continuous integration runs: lint, the Rust tests, `npm test`, then `npm run test:kvm`. Ends with one line that sums
+// up all test runners.
 
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -59,6 +59,13 @@ await main(async () => {
   } finally {
     rmSync(scratch, { recursive: true, force: true })
   }
+  await show('npm run test:kvm', process.execPath, ['scripts/rig/rig.mjs'], (line) => {
+    const result = /^In the outer guest: (\d+) passed, (\d+) failed/.exec(line)
+    if (result) {
+      totals.passed += Number(result[1])
+      totals.failed += Number(result[2])
+    }
+  })
   if (broken.length > 0) {
     process.stdout.write(`\nFailed: ${broken.join(', ')}\n`)
     if (totals.failed === 0) totals.failed = broken.length

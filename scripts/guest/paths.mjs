@@ -5,6 +5,7 @@
 //   kernel-<hash>/   vmlinux, vmlinux.zst, System.map, config, manifest.json
 //   rootfs-<hash>/   rootfs.ext4 (sparse, without the agent), packages.txt, manifest.json
 //   image-<hash>/    rootfs.ext4 (sparse, with the agent at /sbin/amberbox-agent), manifest.json
+//   rig-<hash>/      vmlinuz, initrd: the outer guest of `npm run test:kvm` (scripts/rig), manifest.json
 //   <kind>.<inputs>.current   names the directory built from these inputs
 // A directory never changes once it has its name. <inputs> is a hash of the project's
 // own files (fragment, package lists, scripts); <hash> adds what the build found
@@ -62,6 +63,12 @@ export function imagePaths(agent, tier = 'std') {
   return existsSync(dir) ? { dir, image: join(dir, 'rootfs.ext4'), manifest: manifest(dir) } : null
 }
 
+/** The kernel and initramfs of the machine in which KVM is tested, or null. */
+export function rigPaths() {
+  const dir = current('rig', rigInputs())
+  return dir && { dir, vmlinuz: join(dir, 'vmlinuz'), initrd: join(dir, 'initrd'), manifest: manifest(dir) }
+}
+
 /** Like the functions above, but a missing file is an error that says what to run. */
 export function requireGuest({ agent, tier = 'std' } = {}) {
   const kernel = kernelPaths()
@@ -85,6 +92,10 @@ export function rootfsInputs(tier) {
     join(here, 'rootfs.mjs'),
     join(here, 'ext4.mjs'),
   ])
+}
+
+export function rigInputs() {
+  return hashFiles(['kernel.mjs', 'init.sh'].map((name) => join(projectRoot, 'scripts/rig', name)))
 }
 
 /** The lists that make up a tier: `std`, then what the tier adds. */

@@ -4,10 +4,11 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { closeSync, existsSync, mkdirSync, openSync, readdirSync, readFileSync, renameSync, rmSync, statfsSync, statSync, writeFileSync, writeSync } from 'node:fs'
 import { join } from 'node:path'
+import { ScriptError } from '../progress.mjs'
 import { currentFile, guestCache } from './paths.mjs'
 
 /** A failure whose message is meant for the user: shown without a stack. */
-export class BuildError extends Error {}
+export class BuildError extends ScriptError {}
 
 /** A program failed; what it said is in the log. */
 class ProgramError extends BuildError {}

@@ -1,0 +1,121 @@
+#!/usr/bin/env node
+// `npm run test:kvm`: the KVM backend's tests on any host. An outer guest with emulated AMD-V runs the Jest suite with
+// AMBERBOX_BACKEND=kvm; snapshots go in from this host's software CPU and come back to it. Needs no usable /dev/kvm.
+//
+//   --only TEXT   only the steps in the outer guest whose name contains TEXT (and the set-up)
+//   --run CMD     one step of your own instead (bash, in the project's directory of the outer guest)
+//   --keep        keep the directory with results, stores and the payload, and say where it is
+
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { cacheRoot, rootfsPaths } from '../guest/paths.mjs'
+import { needPackages } from '../guest/steps.mjs'
+import { heading, main, npmPackages, root, run, ScriptError, seconds, step, tool } from '../progress.mjs'
+import { setup } from '../setup.mjs'
+import { buildRigKernel } from './kernel.mjs'
+import { outcome, PACKAGES, runOuter } from './outer.mjs'
+import { makePayload } from './payload.mjs'
+
+/** Jest in the outer guest: one file after the other, a line per test, the report in the host's directory. */
+function jest(report, files) {
+  return (
+    'node --experimental-vm-modules --no-warnings node_modules/jest/bin/jest.js --runInBand --ci' +
+    ` --reporters=/mnt/payload/rig/reporter.cjs --json --outputFile=/mnt/host/${report}.json ${files}`
+  )
+}
+
+/** What runs in the outer guest; limits are some four times what it takes on two free cores. */
+const PLAN = [
+  {
+    name: 'what the machine is',
+    seconds: 60,
+    command: 'uname -a; ls -l /dev/kvm; cat /sys/devices/system/clocksource/clocksource0/current_clocksource',
+  },
+  { name: 'package and addon', seconds: 120, command: jest('contract', 'contract') },
+]
+
+/** Runs the portability tests on this host's software CPU. */
+async function portability(name, env) {
+  await step(name, async () => {
+    await run(
+      process.execPath,
+      ['--experimental-vm-modules', '--no-warnings', tool('jest', 'bin', 'jest.js'), 'portability'],
+      { env: { ...process.env, AMBERBOX_BACKEND: 'soft', ...env } },
+    )
+  })
+}
+
+/** A directory for this run. Those of runs that were killed are removed. */
+function workDirectory() {
+  const parent = join(cacheRoot(), 'rig')
+  mkdirSync(parent, { recursive: true })
+  for (const name of readdirSync(parent)) {
+    const pid = /^run-(\d+)-/.exec(name)?.[1]
+    if (pid && !existsSync(`/proc/${pid}`)) rmSync(join(parent, name), { recursive: true, force: true })
+  }
+  return { work: mkdtempSync(join(parent, `run-${process.pid}-`)), log: join(parent, 'console.log') }
+}
+
+/** Tests passed and failed according to the Jest reports in a directory. */
+function totals(directory) {
+  const sum = { passed: 0, failed: 0 }
+  for (const name of readdirSync(directory).filter((file) => file.endsWith('.json'))) {
+    const report = JSON.parse(readFileSync(join(directory, name), 'utf8'))
+    sum.passed += report.numPassedTests
+    sum.failed += report.numFailedTests + report.numRuntimeErrorTestSuites
+  }
+  return sum
+}
+
+async function rig({ only, run: command, keep }) {
+  const began = Date.now()
+  const template = await setup()
+  await npmPackages()
+  heading('KVM tests in an outer guest with emulated AMD-V')
+  await step('tools', () => needPackages({ run, note: '' }, PACKAGES))
+  const { vmlinuz, initrd } = await buildRigKernel()
+  const { work, log } = workDirectory()
+  try {
+    let plan = only ? PLAN.filter(({ name }) => name.includes(only)) : PLAN
+    if (command) plan = [{ name: 'command', seconds: 600, command }]
+    const moves = plan.some(({ name }) => name === 'portability')
+    const store = join(work, 'from-host')
+    if (moves) await portability('snapshot for KVM (software CPU)', { AMBERBOX_PORTABLE_TO: store })
+    let payload
+    const extra = moves ? { 'from-host': store } : {}
+    await step('payload', async () => {
+      payload = await makePayload(work, { template, extra })
+    })
+    const directory = join(work, 'host')
+    mkdirSync(directory)
+    const files = { vmlinuz, initrd, root: rootfsPaths().image, payload }
+    const results = await runOuter({ files, directory, plan, log })
+    if (moves && existsSync(join(directory, 'to-host'))) {
+      await portability('snapshots from KVM (software CPU)', {
+        AMBERBOX_PORTABLE_FROM: join(directory, 'to-host'),
+      })
+    }
+    heading('')
+    for (const result of results) {
+      heading(`  ${result.name.padEnd(34)} ${result.took?.toFixed(1).padStart(6)} s  ${outcome(result)}`)
+    }
+    const { passed, failed } = totals(directory)
+    heading(
+      `\nIn the outer guest: ${passed} passed, ${failed} failed. All in ${seconds(began)}; console: ${log}`,
+    )
+    const bad = results.filter(({ code }) => code !== 0).map(({ name }) => name)
+    if (bad.length > 0) throw new ScriptError(`Failed in the outer guest: ${bad.join(', ')}`)
+  } finally {
+    if (keep) heading(`Kept: ${work}`)
+    else rmSync(work, { recursive: true, force: true })
+  }
+}
+
+await main(async () => {
+  process.chdir(root)
+  const { values } = parseArgs({
+    options: { only: { type: 'string' }, run: { type: 'string' }, keep: { type: 'boolean', default: false } },
+  })
+  await rig(values)
+})
