@@ -23,9 +23,7 @@ use std::time::{Duration, Instant};
 use amber_layers::{NewSnapshot, Store};
 use amber_proto::{Exec, Identify};
 use amberbox::agent::{Agent, Event};
-use amberbox::machine::kvm::Kvm;
-use amberbox::machine::soft::Soft;
-use amberbox::machine::vcpu::Backend;
+use amberbox::machine::vcpu::{Backend, BackendKind};
 use amberbox::machine::{BootConfig, DiskStorage, Machine, RestoreConfig};
 
 /// Command-line options.
@@ -73,8 +71,8 @@ impl Options {
             restore: take("restore"),
             exec: take("exec"),
             backend: match take("backend").as_deref() {
-                None | Some("soft") => &Soft,
-                Some("kvm") => &Kvm,
+                None | Some("soft") => BackendKind::Soft.backend(),
+                Some("kvm") => BackendKind::Kvm.backend(),
                 Some(other) => return Err(format!("Unknown backend {other}").into()),
             },
         };

@@ -101,6 +101,19 @@ impl BackendKind {
             BackendKind::Kvm => "kvm",
         }
     }
+
+    /// The backend itself.
+    #[must_use]
+    pub fn backend(self) -> &'static dyn Backend {
+        match self {
+            BackendKind::Soft => &super::soft::Soft,
+            #[cfg(target_arch = "x86_64")]
+            BackendKind::Kvm => &super::kvm::Kvm,
+            // The probe finds no KVM on such a host; who asks for it by name is told when a machine is made.
+            #[cfg(not(target_arch = "x86_64"))]
+            BackendKind::Kvm => &super::soft::Soft,
+        }
+    }
 }
 
 /// Interrupt controllers, timers and the clock of a backend that has its own, in the host's kernel. Where a method does

@@ -13,7 +13,6 @@ use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
 use crate::machine::probe::{self, Choice};
-use crate::machine::soft::Soft;
 use crate::machine::{
     BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError,
 };
@@ -96,7 +95,7 @@ impl Vm for MachineVm {
 pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm>, Error> {
     let config = RestoreConfig { storage: DiskStorage::Directory(dir.to_owned()) };
     let choice = choose(Some(dir))?;
-    start(Machine::restore(snapshot, config, &Soft)?, choice)
+    start(Machine::restore(snapshot, config, choice.backend.backend())?, choice)
 }
 
 /// Boots a guest from a kernel and a root file system. Blocks.
@@ -110,7 +109,7 @@ pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<d
         storage: DiskStorage::Memory,
     };
     let choice = choose(None)?;
-    start(Machine::boot(config, &Soft)?, choice)
+    start(Machine::boot(config, choice.backend.backend())?, choice)
 }
 
 /// The backend and why. The probe behind it runs once per boot of the host; the verdict is kept in `home`.

@@ -53,7 +53,7 @@ pub(super) fn table(apic_id: u8) -> Result<CpuId, String> {
 ///
 /// # Errors
 /// What it lacks.
-pub(super) fn check(supported: &[kvm_cpuid_entry2]) -> Result<(), String> {
+pub(in crate::machine) fn check(supported: &[kvm_cpuid_entry2]) -> Result<(), String> {
     for (leaf, free) in FEATURES {
         let has = supported.iter().find(|e| e.function == leaf && e.index == 0);
         let has = has.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx]);

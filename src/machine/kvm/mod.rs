@@ -20,6 +20,7 @@ use std::sync::Arc;
 use super::ram::Ram;
 use super::vcpu::{Backend, BackendKind, HostChips, Vcpu, Vm};
 
+pub(super) use self::cpuid::check as check_host;
 pub(super) use self::state::from_segments;
 
 /// Makes machines with KVM.

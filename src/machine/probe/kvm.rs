@@ -1,5 +1,6 @@
 //! Trying /dev/kvm by running the probe's guest on it.
 
+use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 use super::{Useless, Verdict};
@@ -15,18 +16,18 @@ fn useless(why: Useless, detail: impl ToString) -> Verdict {
 
 /// Runs the guest. Returns soon after [`LIMIT`] even if KVM is slow; if KVM hangs, it may never return.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn probe() -> Verdict {
-    try_probe().unwrap_or_else(|verdict| verdict)
+pub(super) fn probe(device: &CStr) -> Verdict {
+    try_probe(device).unwrap_or_else(|verdict| verdict)
 }
 
 /// There is no x86-64 guest on another host's KVM.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn probe() -> Verdict {
+pub(super) fn probe(_: &CStr) -> Verdict {
     useless(Useless::Host, "this host is not x86-64")
 }
 
 #[cfg(target_arch = "x86_64")]
-fn try_probe() -> Result<Verdict, Verdict> {
+fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
     use kvm_bindings::kvm_userspace_memory_region;
     use kvm_ioctls::{Kvm, VcpuExit};
     use rustix::io::Errno;
@@ -43,15 +44,19 @@ fn try_probe() -> Result<Verdict, Verdict> {
         }
     }
 
-    let kvm = Kvm::new().map_err(|e| match Errno::from_raw_os_error(e.errno()) {
-        Errno::NOENT | Errno::NODEV | Errno::NXIO => useless(Useless::Missing, "/dev/kvm does not exist"),
-        Errno::ACCESS | Errno::PERM => {
-            useless(Useless::Forbidden, "no permission to open /dev/kvm; add your user to the group kvm")
+    let name = device.to_string_lossy();
+    let kvm = Kvm::new_with_path(device).map_err(|e| match Errno::from_raw_os_error(e.errno()) {
+        Errno::NOENT | Errno::NODEV | Errno::NXIO => {
+            useless(Useless::Missing, format!("{name} does not exist: no KVM module is loaded"))
         }
-        _ => useless(Useless::NotKvm, format!("/dev/kvm cannot be opened: {e}")),
+        Errno::ACCESS | Errno::PERM => {
+            let remedy = "add your user to the group that owns it (often kvm), and log in again";
+            useless(Useless::Forbidden, format!("no permission to open {name}; {remedy}"))
+        }
+        _ => useless(Useless::NotKvm, format!("{name} cannot be opened: {e}")),
     })?;
     if kvm.get_api_version() != 12 {
-        return Err(useless(Useless::NotKvm, "/dev/kvm is not KVM, or of another version"));
+        return Err(useless(Useless::NotKvm, format!("{name} is not KVM, or of another version")));
     }
     let refused = |what: &'static str| {
         move |e: kvm_ioctls::Error| useless(Useless::Refused, format!("KVM cannot {what}: {e}"))
@@ -77,6 +82,7 @@ fn try_probe() -> Result<Verdict, Verdict> {
     let mut vcpu = vm.create_vcpu(0).map_err(refused("create a CPU"))?;
     let cpuid =
         kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(refused("tell CPUID"))?;
+    crate::machine::kvm::check_host(cpuid.as_slice()).map_err(|e| useless(Useless::Refused, e))?;
     vcpu.set_cpuid2(&cpuid).map_err(refused("set CPUID"))?;
     let (sregs, regs) = registers(vcpu.get_sregs().map_err(refused("read registers"))?);
     vcpu.set_sregs(&sregs).map_err(refused("enter long mode"))?;
@@ -129,4 +135,53 @@ fn registers(mut sregs: kvm_bindings::kvm_sregs) -> (kvm_bindings::kvm_sregs, kv
         ..kvm_regs::default()
     };
     (sregs, regs)
+}
+
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
+mod tests {
+    use std::ffi::CString;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+
+    use super::*;
+
+    fn why(path: &Path) -> (Useless, String) {
+        let path = CString::new(path.to_str().unwrap()).unwrap();
+        match probe(&path) {
+            Verdict::Useless { why, detail } => (why, detail),
+            Verdict::Usable { .. } => panic!("{path:?} is no KVM"),
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_or_not_kvm_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let (missing, detail) = why(&dir.path().join("kvm"));
+        assert_eq!(missing, Useless::Missing);
+        assert!(detail.contains("does not exist"), "{detail}");
+        for other in [Path::new("/dev/null"), dir.path()] {
+            assert_eq!(why(other).0, Useless::NotKvm, "{other:?}");
+        }
+        std::fs::write(dir.path().join("file"), b"text").unwrap();
+        assert_eq!(why(&dir.path().join("file")).0, Useless::NotKvm);
+    }
+
+    #[test]
+    fn a_device_that_may_not_be_opened_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let path = dir.path().join("kvm");
+        std::fs::write(&path, b"").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o000)).unwrap();
+        // Root may open everything: a thread can give that up for itself, with another user id for files.
+        let told = std::thread::spawn(move || {
+            // SAFETY: changes the credentials of this thread alone, which ends here.
+            unsafe { libc::syscall(libc::SYS_setfsuid, 65534) };
+            why(&path)
+        });
+        let (why, detail) = told.join().unwrap();
+        assert_eq!(why, Useless::Forbidden);
+        assert!(detail.contains("group"), "{detail}");
+    }
 }

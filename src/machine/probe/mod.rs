@@ -3,13 +3,12 @@
 //! `/dev/kvm` may be there, create machines, even run a few instructions, and still be a hundred times too slow for Linux
 //! (hypervisors that emulate nested virtualization). So nothing but a measurement counts. It is done once per boot of
 //! the host: the verdict is kept in memory and in a file that names the boot. `AMBERBOX_BACKEND=soft` or `kvm`
-//! overrides.
-//!
-//! This version has the software CPU only; the verdict on KVM is told all the same.
+//! overrides; then nothing is probed, and a KVM that does not work says so when a machine is made.
 
 mod guest;
 mod kvm;
 
+use std::ffi::CStr;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::mpsc;
@@ -23,6 +22,7 @@ use super::vcpu::BackendKind;
 pub const OVERRIDE: &str = "AMBERBOX_BACKEND";
 /// How long the probe is waited for in all: beyond its own limit, for a KVM that hangs.
 const PATIENCE: Duration = Duration::from_millis(280);
+const DEVICE: &CStr = c"/dev/kvm";
 const CACHE: &str = "kvm-probe.json";
 /// A cache file has no more bytes than this.
 const MAX_CACHE: u64 = 4096;
@@ -96,9 +96,6 @@ pub enum ChoiceError {
     /// Not the name of a backend.
     #[error("{OVERRIDE} is '{0}'; use 'soft' or 'kvm'")]
     Unknown(String),
-    /// The KVM backend is not in this version.
-    #[error("{OVERRIDE} asks for KVM, which this version of Amberbox does not have; unset it or use 'soft'")]
-    NoKvm,
 }
 
 /// Chooses a backend. `home` is where the verdict is kept between processes. Takes up to 300 ms the first time after
@@ -115,22 +112,21 @@ fn decide(wish: Option<&str>, verdict: impl FnOnce() -> Verdict) -> Result<Choic
     match wish {
         None | Some("") => {
             let verdict = verdict();
-            let reason = match &verdict {
-                Verdict::Usable { .. } => {
-                    format!(
-                        "software CPU: this version has no KVM backend yet, though {}",
-                        verdict.describe()
-                    )
-                }
-                Verdict::Useless { .. } => format!("software CPU: {}", verdict.describe()),
+            let (backend, name) = match &verdict {
+                Verdict::Usable { .. } => (BackendKind::Kvm, "KVM"),
+                Verdict::Useless { .. } => (BackendKind::Soft, "software CPU"),
             };
-            Ok(Choice { backend: BackendKind::Soft, reason, verdict: Some(verdict) })
+            let reason = format!("{name}: {}", verdict.describe());
+            Ok(Choice { backend, reason, verdict: Some(verdict) })
         }
         Some("soft") => {
             let reason = format!("software CPU: {OVERRIDE}=soft");
             Ok(Choice { backend: BackendKind::Soft, reason, verdict: None })
         }
-        Some("kvm") => Err(ChoiceError::NoKvm),
+        Some("kvm") => {
+            let reason = format!("KVM: {OVERRIDE}=kvm");
+            Ok(Choice { backend: BackendKind::Kvm, reason, verdict: None })
+        }
         Some(other) => Err(ChoiceError::Unknown(other.to_owned())),
     }
 }
@@ -163,7 +159,7 @@ fn probe() -> Verdict {
     let (send, receive) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().name("amberbox-probe".into()).spawn(move || {
         // The receiver may be gone.
-        let _ = send.send(kvm::probe());
+        let _ = send.send(kvm::probe(DEVICE));
     });
     match thread {
         Err(e) => hangs(format!("KVM was not tried: no thread ({e})")),
@@ -223,10 +219,12 @@ mod tests {
             (BackendKind::Soft, "software CPU: KVM is too slow")
         );
         let usable = decide(Some(""), || Verdict::Usable { round_ns: 900 }).unwrap();
-        assert!(usable.reason.contains("no KVM backend yet") && usable.reason.contains("900 ns"));
+        assert_eq!(usable.backend, BackendKind::Kvm);
+        assert!(usable.reason.starts_with("KVM: ") && usable.reason.contains("900 ns"));
         let forced = decide(Some("soft"), || panic!("probed in vain")).unwrap();
         assert_eq!(forced.verdict, None);
-        assert_eq!(decide(Some("kvm"), slow), Err(ChoiceError::NoKvm));
+        let forced = decide(Some("kvm"), || panic!("probed in vain")).unwrap();
+        assert_eq!((forced.backend, forced.verdict), (BackendKind::Kvm, None));
         assert_eq!(decide(Some("xen"), slow), Err(ChoiceError::Unknown("xen".into())));
     }
 
