@@ -27,11 +27,46 @@ export interface ConnectionOpts extends RequestOpts {
   apiUrl?: string
   sandboxUrl?: string
   debug?: boolean
-  logger?: unknown
+  logger?: Logger
   headers?: Record<string, string>
   apiHeaders?: Record<string, string>
   proxy?: string
   retries?: number
+}
+
+/** Connection options of a call that concerns one sandbox or snapshot. */
+export type SandboxApiOpts = ConnectionOpts
+
+/** The name of a user of the guest. */
+export type Username = string
+
+/** Options of {@link ConnectionConfig}. */
+export type ConnectionConfigOpts = ConnectionOpts
+
+/** A logger, as E2B takes one. Accepted and without meaning. */
+export interface Logger {
+  debug?: (...args: any[]) => void
+  info?: (...args: any[]) => void
+  warn?: (...args: any[]) => void
+  error?: (...args: any[]) => void
+}
+
+/** Connection options with E2B's defaults and environment variables resolved. */
+export declare class ConnectionConfig {
+  constructor(opts?: ConnectionOpts)
+  readonly debug: boolean
+  readonly domain: string
+  readonly apiUrl: string
+  readonly sandboxUrl?: string
+  readonly apiKey?: string
+  readonly validateApiKey?: boolean
+  readonly headers?: Record<string, string>
+  readonly logger?: Logger
+  readonly proxy?: string
+  readonly requestTimeoutMs: number
+  readonly retries: number
+  /** A signal that is aborted by `signal` or after the request timeout, whichever comes first. */
+  getSignal(requestTimeoutMs?: number, signal?: AbortSignal): AbortSignal | undefined
 }
 
 /** Options of {@link Sandbox.create}. */
@@ -185,7 +220,7 @@ export declare class SnapshotPaginator implements Paginator<SnapshotInfo> {
  */
 export declare class Sandbox implements AsyncDisposable {
   /** Made by {@link Sandbox.create} and {@link Sandbox.connect}. */
-  constructor(opts: { sandboxId: string })
+  constructor(opts: ConnectionOpts & { sandboxId: string })
 
   /** Template of {@link Sandbox.create} when none is given; a subclass may set its own. */
   protected static readonly defaultTemplate?: string
@@ -198,6 +233,10 @@ export declare class Sandbox implements AsyncDisposable {
   readonly files: Filesystem
   /** Run terminals. */
   readonly pty: Pty
+  /** Use the guest's git. */
+  readonly git: Git
+  /** The options that this sandbox was created or connected with. */
+  protected readonly connectionConfig: ConnectionConfig
 
   /**
    * Starts a sandbox from the base template.
@@ -290,20 +329,33 @@ export declare class CommandResult {
   stderr: string
 }
 
-/** Options of {@link CommandHandle} creation that both kinds of run share. */
-export interface CommandStartOpts extends RequestOpts {
+/** A piece of standard output. */
+export type Stdout = string
+/** A piece of error output. */
+export type Stderr = string
+/** A piece of a terminal's output. */
+export type PtyOutput = Uint8Array
+
+/** Name or number of a signal, such as `'SIGTERM'` or `15`. */
+export type ProcessSignal = NodeJS.Signals | number
+
+/** Options of a request about commands. */
+export type CommandRequestOpts = RequestOpts
+
+/** Options of {@link Commands.run}. */
+export interface CommandStartOpts extends CommandRequestOpts {
   /** Return a handle at once instead of waiting for the end. */
   background?: boolean
   /** Working directory; relative ones and `~` are under the user's home. Default: the home. */
   cwd?: string
   /** User that runs the command. Default `user`. */
-  user?: string
+  user?: Username
   /** Environment of this command, over the sandbox's. */
   envs?: Record<string, string>
   /** Called with each piece of output as it arrives. The next one waits for the returned promise. */
-  onStdout?: (data: string) => void | Promise<void>
+  onStdout?: (data: Stdout) => void | Promise<void>
   /** Called with each piece of error output as it arrives. */
-  onStderr?: (data: string) => void | Promise<void>
+  onStderr?: (data: Stderr) => void | Promise<void>
   /** Keep standard input open for {@link Commands.sendStdin}. Default `false`: it is `/dev/null`. */
   stdin?: boolean
   /** Longest time the command may run, in milliseconds, after which it is killed; `0` = no limit. Default 60 000. */
@@ -311,11 +363,20 @@ export interface CommandStartOpts extends RequestOpts {
 }
 
 /** Options of {@link Commands.connect}. */
-export interface CommandConnectOpts extends RequestOpts {
-  onStdout?: (data: string) => void | Promise<void>
-  onStderr?: (data: string) => void | Promise<void>
+export interface CommandConnectOpts extends CommandRequestOpts {
+  /** Called with each piece of output from now on. */
+  onStdout?: (data: Stdout) => void | Promise<void>
+  /** Called with each piece of error output from now on. */
+  onStderr?: (data: Stderr) => void | Promise<void>
   /** Longest time the handle stays connected; the command goes on. `0` = no limit. Default 60 000. */
   timeoutMs?: number
+}
+
+/** Options of {@link Commands.kill}. */
+export interface CommandKillOpts {
+  requestTimeoutMs?: number
+  /** Aborts the request; or, beyond E2B, the signal to send instead of SIGKILL. */
+  signal?: AbortSignal | ProcessSignal
 }
 
 /** A process that was started through the API and still runs. */
@@ -336,35 +397,64 @@ export declare class Commands {
    *
    * @throws {@link CommandExitError} if the exit code is not 0
    * @throws {@link TimeoutError} if it ran longer than `timeoutMs`, or if the sandbox ended
+   * @throws {@link InvalidArgumentError} if `cwd` does not exist
+   * @throws {@link AuthenticationError} if `user` does not exist
    */
   run(cmd: string, opts?: CommandStartOpts & { background?: false }): Promise<CommandResult>
   /** Starts a command and returns at once. */
   run(cmd: string, opts: CommandStartOpts & { background: true }): Promise<CommandHandle>
-  run(cmd: string, opts?: CommandStartOpts): Promise<CommandHandle | CommandResult>
+  run(cmd: string, opts?: CommandStartOpts & { background?: boolean }): Promise<CommandHandle | CommandResult>
   /** Processes started through the API that still run, terminals included. */
-  list(opts?: RequestOpts): Promise<ProcessInfo[]>
-  /** Kills a process with SIGKILL. `false` if there is none with this id. */
-  kill(pid: number, opts?: RequestOpts): Promise<boolean>
+  list(opts?: CommandRequestOpts): Promise<ProcessInfo[]>
+  /** Kills a process and its group with SIGKILL. `false` if there is none with this id. */
+  kill(pid: number, opts?: CommandKillOpts): Promise<boolean>
+  /** Sends a signal to a process and its group. `false` if there is none with this id. Beyond E2B. */
+  sendSignal(pid: number, signal: ProcessSignal, opts?: CommandRequestOpts): Promise<boolean>
   /**
-   * Attaches to a running command. Output from before is not repeated.
+   * Attaches to a running command. Output from before is not repeated. A command that ended less than half a minute ago still gives
+   * its exit code.
    *
    * @throws {@link NotFoundError} if there is none with this id
    */
   connect(pid: number, opts?: CommandConnectOpts): Promise<CommandHandle>
   /** Writes to the standard input of a command that was started with `stdin: true`. */
-  sendStdin(pid: number, data: string | Uint8Array, opts?: RequestOpts): Promise<void>
+  sendStdin(pid: number, data: string | Uint8Array, opts?: CommandRequestOpts): Promise<void>
   /** Closes the standard input of a command. */
-  closeStdin(pid: number, opts?: RequestOpts): Promise<void>
+  closeStdin(pid: number, opts?: CommandRequestOpts): Promise<void>
 }
 
-/** A command or terminal that runs. */
-export declare class CommandHandle {
+/**
+ * A piece of output, as `for await (const chunk of handle)` gives it. Its string is the text; destructured it is
+ * `[stdout, stderr, pty]`, of which one is set. Beyond E2B.
+ */
+export declare class OutputChunk implements Iterable<string | Uint8Array | undefined> {
+  private constructor()
+  readonly type: 'stdout' | 'stderr' | 'pty'
+  /** Text; bytes if it comes from a terminal. */
+  readonly data: string | Uint8Array
+  get stdout(): string | undefined
+  get stderr(): string | undefined
+  get pty(): Uint8Array | undefined
+  toString(): string
+  [Symbol.iterator](): Iterator<string | Uint8Array | undefined>
+}
+
+/**
+ * A command or terminal that runs.
+ *
+ * @example
+ * ```ts
+ * const handle = await sandbox.commands.run('make', { background: true })
+ * for await (const { stdout, stderr } of handle) process.stdout.write(stdout ?? stderr ?? '')
+ * ```
+ */
+export declare class CommandHandle implements AsyncIterable<OutputChunk> {
   private constructor()
   /** Process id in the guest. */
-  get pid(): number
-  /** Output so far. */
+  readonly pid: number
+  /** Output so far; with a callback or a reader only the last 64 Mi characters of it. */
   get stdout(): string
-  /** Error output so far. */
+  /** Error output so far; with a callback or a reader only the last 64 Mi characters of it. */
   get stderr(): string
   /** Exit code, once it has ended; -1 if a signal ended it. */
   get exitCode(): number | undefined
@@ -379,12 +469,19 @@ export declare class CommandHandle {
   wait(): Promise<CommandResult>
   /** Stops listening. The command goes on; no callback is called any more. */
   disconnect(): Promise<void>
-  /** Kills the command with SIGKILL. `false` if it has ended. */
-  kill(): Promise<boolean>
+  /** Kills the command, with SIGKILL unless another signal is given. `false` if it has ended. */
+  kill(signal?: ProcessSignal): Promise<boolean>
+  /** Sends a signal. `false` if it has ended. Beyond E2B. */
+  sendSignal(signal: ProcessSignal): Promise<boolean>
   /** Writes to its standard input. */
-  sendStdin(data: string | Uint8Array, opts?: RequestOpts): Promise<void>
+  sendStdin(data: string | Uint8Array, opts?: CommandRequestOpts): Promise<void>
   /** Closes its standard input. */
-  closeStdin(opts?: RequestOpts): Promise<void>
+  closeStdin(opts?: CommandRequestOpts): Promise<void>
+  /**
+   * All output in order, from the start as far as it is remembered (16 MiB). The command waits for a reader that falls behind. Ends with the
+   * command, whatever its exit code. Beyond E2B.
+   */
+  [Symbol.asyncIterator](): AsyncIterator<OutputChunk>
 }
 
 /** Options of {@link Pty.create}. */
@@ -392,17 +489,20 @@ export interface PtyCreateOpts extends RequestOpts {
   cols: number
   rows: number
   /** Called with each piece of output. */
-  onData: (data: Uint8Array) => void | Promise<void>
-  cwd?: string
-  user?: string
-  envs?: Record<string, string>
+  onData: (data: PtyOutput) => void | Promise<void>
   /** Longest time the terminal may live, in milliseconds; `0` = no limit. Default 60 000. */
   timeoutMs?: number
+  /** User that runs the shell. Default `user`. */
+  user?: Username
+  envs?: Record<string, string>
+  cwd?: string
 }
 
 /** Options of {@link Pty.connect}. */
 export interface PtyConnectOpts extends RequestOpts {
-  onData?: (data: Uint8Array) => void | Promise<void>
+  /** Called with each piece of output from now on. */
+  onData?: (data: PtyOutput) => void | Promise<void>
+  /** Longest time the handle stays connected; the terminal goes on. `0` = no limit. Default 60 000. */
   timeoutMs?: number
 }
 
@@ -411,22 +511,26 @@ export declare class Pty {
   private constructor()
   /** Starts an interactive login shell on a new terminal. */
   create(opts: PtyCreateOpts): Promise<CommandHandle>
-  /** Attaches to a terminal. */
+  /**
+   * Attaches to a terminal: the same shell goes on.
+   *
+   * @throws {@link NotFoundError} if there is none with this id
+   */
   connect(pid: number, opts?: PtyConnectOpts): Promise<CommandHandle>
   /** Types into a terminal. */
   sendInput(pid: number, data: Uint8Array, opts?: RequestOpts): Promise<void>
   /** Changes the size of a terminal. */
   resize(pid: number, size: { cols: number; rows: number }, opts?: RequestOpts): Promise<void>
   /** Kills a terminal. `false` if there is none with this id. */
-  kill(pid: number, opts?: RequestOpts): Promise<boolean>
+  kill(pid: number, opts?: CommandKillOpts): Promise<boolean>
 }
 
-/** Type of a directory entry. */
-export declare const FileType: {
-  readonly FILE: 'file'
-  readonly DIR: 'dir'
+/** Type of a directory entry; a symbolic link has that of its target, and is `symlink` if it leads nowhere. */
+export declare enum FileType {
+  FILE = 'file',
+  DIR = 'dir',
+  SYMLINK = 'symlink',
 }
-export type FileType = (typeof FileType)[keyof typeof FileType]
 
 /** What is known about a file that was written. */
 export interface WriteInfo {
@@ -459,34 +563,89 @@ export type WriteData =
   string | ArrayBuffer | Uint8Array | Blob | ReadableStream | AsyncIterable<Uint8Array | string>
 
 /** One of several files to write. */
-export interface WriteEntry {
+export type WriteEntry = {
   path: string
   data: WriteData
+  /** In place of the metadata of the options. Beyond E2B. */
   metadata?: Record<string, string>
 }
 
 /** Options of every file operation. */
 export interface FilesystemRequestOpts extends RequestOpts {
   /** User whose home relative paths start from and who owns what is created. Default `user`. */
-  user?: string
+  user?: Username
 }
 
 /** Options of {@link Filesystem.read}. */
-export interface ReadOpts extends FilesystemRequestOpts {
-  /** Accepted and without meaning. */
+export interface FilesystemReadOpts extends FilesystemRequestOpts {
+  /** Accepted and without meaning: nothing is sent over a network. */
   gzip?: boolean
-  /** Accepted and without meaning. */
+  /** Longest time to wait for the next piece of a stream, in milliseconds; `0` = no limit. Default: the request timeout. */
   streamIdleTimeoutMs?: number
+  /** First byte to read. Default 0. */
+  start?: number
+  /** Last byte to read. Default: to the end. */
+  end?: number
 }
 
 /** Options of {@link Filesystem.write}. */
-export interface WriteOpts extends FilesystemRequestOpts {
+export interface FilesystemWriteOpts extends FilesystemRequestOpts {
   /** Accepted and without meaning. */
   gzip?: boolean
   /** Accepted and without meaning. */
   useOctetStream?: boolean
   /** Kept with the file as extended attributes `user.e2b.KEY`; replaces what the file had. */
   metadata?: Record<string, string>
+}
+
+/** Options of {@link Filesystem.list}. */
+export interface FilesystemListOpts extends FilesystemRequestOpts {
+  /** Levels to descend. Default 1: the directory itself. */
+  depth?: number
+}
+
+/** Kind of a change in a watched directory. */
+export declare enum FilesystemEventType {
+  /** Permissions, owner, times or extended attributes changed. */
+  CHMOD = 'chmod',
+  /** Something is new under this name. */
+  CREATE = 'create',
+  /** Something was removed. */
+  REMOVE = 'remove',
+  /** Something has another name now. */
+  RENAME = 'rename',
+  /** The content of a file changed. */
+  WRITE = 'write',
+}
+
+/** A change in a watched directory. */
+export interface FilesystemEvent {
+  /** Path relative to the watched directory. */
+  name: string
+  type: FilesystemEventType
+  /** The entry, with `includeEntry` and if it is still there. */
+  entry?: EntryInfo
+}
+
+/** Options of {@link Filesystem.watchDir}. */
+export interface WatchOpts extends FilesystemRequestOpts {
+  /** Longest time to watch, in milliseconds; `0` = no limit. Default 60 000. */
+  timeoutMs?: number
+  /** Called once when the watch is over, with the error if one ended it. */
+  onExit?: (err?: Error) => void | Promise<void>
+  /** Watch what is below, too, also directories that appear later. */
+  recursive?: boolean
+  /** Events come with what is known about the entry. */
+  includeEntry?: boolean
+  /** Allow directories on network file systems, whose changes may not all be seen. */
+  allowNetworkMounts?: boolean
+}
+
+/** A watched directory. */
+export declare class WatchHandle {
+  private constructor()
+  /** Stops watching. */
+  stop(): Promise<void>
 }
 
 /** Files in a sandbox. */
@@ -498,24 +657,24 @@ export declare class Filesystem {
    * @throws {@link FileNotFoundError} if it does not exist
    * @throws {@link InvalidArgumentError} if it is a directory
    */
-  read(path: string, opts?: ReadOpts & { format?: 'text' }): Promise<string>
-  read(path: string, opts: ReadOpts & { format: 'bytes' }): Promise<Uint8Array>
-  read(path: string, opts: ReadOpts & { format: 'blob' }): Promise<Blob>
+  read(path: string, opts?: FilesystemReadOpts & { format?: 'text' }): Promise<string>
+  read(path: string, opts: FilesystemReadOpts & { format: 'bytes' }): Promise<Uint8Array>
+  read(path: string, opts: FilesystemReadOpts & { format: 'blob' }): Promise<Blob>
   /** Reads a file piece by piece, without holding it in memory. */
-  read(path: string, opts: ReadOpts & { format: 'stream' }): Promise<ReadableStream<Uint8Array>>
+  read(path: string, opts: FilesystemReadOpts & { format: 'stream' }): Promise<ReadableStream<Uint8Array>>
   /**
    * Writes a file; missing directories are created. A file that exists is replaced as a whole, or, if anything fails,
    * not at all.
    *
    * @throws {@link NotEnoughSpaceError} if the disk is full
    */
-  write(path: string, data: WriteData, opts?: WriteOpts): Promise<WriteInfo>
-  /** Writes several files, one after the other. */
-  write(files: WriteEntry[], opts?: WriteOpts): Promise<WriteInfo[]>
-  /** Writes several files, one after the other. */
-  writeFiles(files: WriteEntry[], opts?: WriteOpts): Promise<WriteInfo[]>
+  write(path: string, data: WriteData, opts?: FilesystemWriteOpts): Promise<WriteInfo>
+  /** Writes several files. After a failure no further one is begun. */
+  write(files: WriteEntry[], opts?: FilesystemWriteOpts): Promise<WriteInfo[]>
+  /** Writes several files. After a failure no further one is begun. */
+  writeFiles(files: WriteEntry[], opts?: FilesystemWriteOpts): Promise<WriteInfo[]>
   /** Lists a directory in the order of names, each directory before its content. `depth` 1 is the directory itself. */
-  list(path: string, opts?: FilesystemRequestOpts & { depth?: number }): Promise<EntryInfo[]>
+  list(path: string, opts?: FilesystemListOpts): Promise<EntryInfo[]>
   /** Whether a path exists. */
   exists(path: string, opts?: FilesystemRequestOpts): Promise<boolean>
   /** What is known about a path. */
@@ -526,13 +685,267 @@ export declare class Filesystem {
   rename(oldPath: string, newPath: string, opts?: FilesystemRequestOpts): Promise<EntryInfo>
   /** Removes a file, or a directory with all in it. A path that does not exist is no error. */
   remove(path: string, opts?: FilesystemRequestOpts): Promise<void>
+  /**
+   * Watches a directory. Everything that happens after this resolves is told, in order; the next event waits for the
+   * promise that the callback returns.
+   *
+   * @throws {@link FileNotFoundError} if it does not exist
+   * @throws {@link InvalidArgumentError} if it is not a directory
+   */
+  watchDir(
+    path: string,
+    onEvent: (event: FilesystemEvent) => void | Promise<void>,
+    opts?: WatchOpts,
+  ): Promise<WatchHandle>
 }
 
-/** Base class of most errors. */
+/** Options of every git method: those of the commands that it runs. */
+export interface GitRequestOpts extends Partial<
+  Pick<CommandStartOpts, 'envs' | 'user' | 'cwd' | 'timeoutMs' | 'requestTimeoutMs' | 'signal'>
+> {}
+
+/** Options of {@link Git.clone}. */
+export interface GitCloneOpts extends GitRequestOpts {
+  /** Directory to clone into. */
+  path?: string
+  /** Branch to check out, the only one that is fetched. */
+  branch?: string
+  /** Number of commits to fetch. */
+  depth?: number
+  username?: string
+  /** Password or token. */
+  password?: string
+  /** Leave the credentials in the clone's configuration. Default `false`. */
+  dangerouslyStoreCredentials?: boolean
+}
+
+/** Options of {@link Git.init}. */
+export interface GitInitOpts extends GitRequestOpts {
+  bare?: boolean
+  initialBranch?: string
+}
+
+/** Options of {@link Git.remoteAdd}. */
+export interface GitRemoteAddOpts extends GitRequestOpts {
+  /** Fetch afterwards. */
+  fetch?: boolean
+  /** Change the URL of a remote that exists. */
+  overwrite?: boolean
+}
+
+/** Options of {@link Git.commit}. */
+export interface GitCommitOpts extends GitRequestOpts {
+  authorName?: string
+  authorEmail?: string
+  allowEmpty?: boolean
+}
+
+/** Options of {@link Git.add}. */
+export interface GitAddOpts extends GitRequestOpts {
+  files?: string[]
+  /** Without `files`, stage all changes instead of those below the repository's path. Default `true`. */
+  all?: boolean
+}
+
+export type GitResetMode = 'soft' | 'mixed' | 'hard' | 'merge' | 'keep'
+
+/** Options of {@link Git.reset}. */
+export interface GitResetOpts extends GitRequestOpts {
+  mode?: GitResetMode
+  /** Commit, branch or ref. Default `HEAD`. */
+  target?: string
+  paths?: string[]
+}
+
+/** Options of {@link Git.restore}. */
+export interface GitRestoreOpts extends GitRequestOpts {
+  paths: string[]
+  /** Restore the index. */
+  staged?: boolean
+  /** Restore the working tree; the default, unless `staged` is set. */
+  worktree?: boolean
+  /** Commit, branch or ref to restore from. */
+  source?: string
+}
+
+/** Options of {@link Git.deleteBranch}. */
+export interface GitDeleteBranchOpts extends GitRequestOpts {
+  force?: boolean
+}
+
+/** Options of {@link Git.push}. */
+export interface GitPushOpts extends GitRequestOpts {
+  remote?: string
+  branch?: string
+  /** Remember the remote branch as upstream. Default `true`. */
+  setUpstream?: boolean
+  username?: string
+  /** Password or token. */
+  password?: string
+}
+
+/** Options of {@link Git.pull}. */
+export interface GitPullOpts extends GitRequestOpts {
+  remote?: string
+  branch?: string
+  username?: string
+  /** Password or token. */
+  password?: string
+}
+
+export type GitConfigScope = 'global' | 'local' | 'system'
+
+/** Options of {@link Git.setConfig} and {@link Git.getConfig}. */
+export interface GitConfigOpts extends GitRequestOpts {
+  /** Default `global`. */
+  scope?: GitConfigScope
+  /** Repository, for scope `local`. */
+  path?: string
+}
+
+/** Options of {@link Git.dangerouslyAuthenticate}. */
+export interface GitDangerouslyAuthenticateOpts extends GitRequestOpts {
+  username: string
+  /** Password or token. */
+  password: string
+  /** Default `github.com`. */
+  host?: string
+  /** Default `https`. */
+  protocol?: string
+}
+
+export type GitStatusLabel =
+  | 'conflict'
+  | 'renamed'
+  | 'copied'
+  | 'deleted'
+  | 'added'
+  | 'modified'
+  | 'typechange'
+  | 'untracked'
+  | 'unknown'
+
+/** A file in {@link GitStatus}. */
+export interface GitFileStatus {
+  name: string
+  status: GitStatusLabel
+  /** Letter of the index in git's short format. */
+  indexStatus: string
+  /** Letter of the working tree in git's short format. */
+  workingTreeStatus: string
+  staged: boolean
+  renamedFrom?: string
+}
+
+/** Result of {@link Git.status}. */
+export interface GitStatus {
+  currentBranch?: string
+  upstream?: string
+  ahead: number
+  behind: number
+  detached: boolean
+  fileStatus: GitFileStatus[]
+  isClean: boolean
+  hasChanges: boolean
+  hasStaged: boolean
+  hasUntracked: boolean
+  hasConflicts: boolean
+  totalCount: number
+  stagedCount: number
+  unstagedCount: number
+  untrackedCount: number
+  conflictCount: number
+}
+
+/** Result of {@link Git.branches}. */
+export interface GitBranches {
+  branches: string[]
+  currentBranch?: string
+}
+
+/**
+ * The guest's git. A failed command is a {@link CommandExitError}, unless it is about credentials
+ * ({@link GitAuthError}) or a missing upstream branch ({@link GitUpstreamError}).
+ */
+export declare class Git {
+  constructor(commands: Pick<Commands, 'run'>)
+  /** Clones a repository. */
+  clone(url: string, opts?: GitCloneOpts): Promise<CommandResult>
+  /** Makes a repository. */
+  init(path: string, opts?: GitInitOpts): Promise<CommandResult>
+  /** Adds a remote. */
+  remoteAdd(path: string, name: string, url: string, opts?: GitRemoteAddOpts): Promise<CommandResult>
+  /** URL of a remote; `undefined` if there is none of this name. */
+  remoteGet(path: string, name: string, opts?: GitRequestOpts): Promise<string | undefined>
+  /** State of the working tree and its branch. */
+  status(path: string, opts?: GitRequestOpts): Promise<GitStatus>
+  /** Local branches. */
+  branches(path: string, opts?: GitRequestOpts): Promise<GitBranches>
+  /** Makes a branch and checks it out. */
+  createBranch(path: string, branch: string, opts?: GitRequestOpts): Promise<CommandResult>
+  /** Checks a branch out. */
+  checkoutBranch(path: string, branch: string, opts?: GitRequestOpts): Promise<CommandResult>
+  /** Deletes a branch. */
+  deleteBranch(path: string, branch: string, opts?: GitDeleteBranchOpts): Promise<CommandResult>
+  /** Stages changes. */
+  add(path: string, opts?: GitAddOpts): Promise<CommandResult>
+  /** Commits what is staged. */
+  commit(path: string, message: string, opts?: GitCommitOpts): Promise<CommandResult>
+  /** Resets HEAD or paths. */
+  reset(path: string, opts?: GitResetOpts): Promise<CommandResult>
+  /** Restores files of the working tree or the index. */
+  restore(path: string, opts: GitRestoreOpts): Promise<CommandResult>
+  /** Pushes commits. */
+  push(path: string, opts?: GitPushOpts): Promise<CommandResult>
+  /** Pulls commits. */
+  pull(path: string, opts?: GitPullOpts): Promise<CommandResult>
+  /** Sets a configuration value. */
+  setConfig(key: string, value: string, opts?: GitConfigOpts): Promise<CommandResult>
+  /** A configuration value; `undefined` if it is not set. */
+  getConfig(key: string, opts?: GitConfigOpts): Promise<string | undefined>
+  /** Stores credentials for a host in the guest, readable for everybody who may read its files. */
+  dangerouslyAuthenticate(opts: GitDangerouslyAuthenticateOpts): Promise<CommandResult>
+  /** Sets `user.name` and `user.email`. */
+  configureUser(name: string, email: string, opts?: GitConfigOpts): Promise<CommandResult>
+}
+
+/**
+ * Signature of a file's URL, by E2B's scheme.
+ *
+ * @returns the signature, and the end of its validity in seconds since the epoch
+ */
+export declare function getSignature(opts: {
+  path: string
+  operation: 'read' | 'write'
+  user: string | undefined
+  expirationInSeconds?: number
+  envdAccessToken?: string
+}): Promise<{ signature: string; expiration: number | null }>
+
+/** Every address, in network rules. */
+export declare const ALL_TRAFFIC = '0.0.0.0/0'
+
+/** Options of {@link E2B}. */
+export type E2BClientOpts = Omit<ConnectionOpts, 'signal'>
+
+/** A client whose options are the defaults of every call made through its classes. */
+export declare class E2B {
+  constructor(opts?: E2BClientOpts)
+  readonly Sandbox: typeof Sandbox
+  readonly Template: typeof Template
+  readonly Volume: typeof Volume
+  readonly Secret: typeof Secret
+  /** A client with these options over this one's. */
+  withOptions(opts?: E2BClientOpts): E2B
+}
+
+/** Base class of most errors. The second argument is that of `Error`, or, as in E2B, a stack to show. */
 export declare class SandboxError extends Error {
-  constructor(message?: string, options?: ErrorOptions)
+  constructor(message?: string, options?: ErrorOptions | string)
   /** Stable code for programs, such as `ERR_SNAPSHOT_IN_USE`. */
   code: string
+  /** HTTP status, on errors for which E2B has one. */
+  statusCode?: number
 }
 
 /** Something took too long, or the sandbox ended meanwhile. */
@@ -551,6 +964,8 @@ export declare class SandboxNotFoundError extends NotFoundError {}
 export declare class TemplateError extends SandboxError {}
 /** Too much at once. */
 export declare class RateLimitError extends SandboxError {}
+/** A branch has no upstream branch to push to or pull from. */
+export declare class GitUpstreamError extends SandboxError {}
 /** The machine stopped by itself: a panic of its kernel, a triple fault, or a fault of its monitor. Beyond E2B. */
 export declare class SandboxCrashedError extends SandboxError {
   /** Last lines of the guest's console. */
@@ -558,13 +973,143 @@ export declare class SandboxCrashedError extends SandboxError {
 }
 /** The user does not exist. */
 export declare class AuthenticationError extends Error {
-  constructor(message?: string, options?: ErrorOptions)
+  constructor(message?: string, options?: ErrorOptions | string)
   code: string
 }
+/** A git server wants other credentials. */
+export declare class GitAuthError extends AuthenticationError {}
 /** A command ended with an exit code other than 0. */
 export declare class CommandExitError extends SandboxError implements CommandResult {
+  constructor(result: CommandResult)
   exitCode: number
   error?: string
   stdout: string
   stderr: string
 }
+
+// What belongs to E2B's cloud, or is not here yet. It exists so that programs which import it load; using it fails with a
+// SandboxError that says why.
+
+/** A template could not be built. Never thrown here. */
+export declare class BuildError extends Error {
+  constructor(message?: string, options?: ErrorOptions | string)
+  code: string
+}
+/** A file of a template could not be uploaded. Never thrown here. */
+export declare class FileUploadError extends BuildError {}
+/** A volume failed. Never thrown here. */
+export declare class VolumeError extends Error {
+  constructor(message?: string, options?: ErrorOptions | string)
+  code: string
+}
+/** A volume does not exist. Never thrown here. */
+export declare class VolumeNotFoundError extends VolumeError {}
+/** A path of a volume does not exist. Never thrown here. */
+export declare class VolumePathNotFoundError extends VolumeError {}
+/** A secret failed. Never thrown here. */
+export declare class SecretError extends Error {
+  constructor(message?: string, options?: ErrorOptions | string)
+  code: string
+}
+/** A secret does not exist. Never thrown here. */
+export declare class SecretNotFoundError extends SecretError {}
+/** The service has no room now. Never thrown here. */
+export declare class ServiceBusyError extends Error {
+  constructor(message?: string, options?: ErrorOptions | string)
+  code: string
+  readonly statusCode: 503
+}
+
+/** Templates are not built here yet: set a sandbox up and call {@link Sandbox.createSnapshot}. */
+export declare class TemplateBase {
+  static build(...args: any[]): Promise<any>
+  static buildInBackground(...args: any[]): Promise<any>
+  static getBuildStatus(...args: any[]): Promise<any>
+  static exists(...args: any[]): Promise<boolean>
+  static aliasExists(...args: any[]): Promise<boolean>
+  static assignTags(...args: any[]): Promise<any>
+  static removeTags(...args: any[]): Promise<void>
+  static getTags(...args: any[]): Promise<any[]>
+  static toJSON(...args: any[]): Promise<string>
+  static toDockerfile(...args: any[]): string
+}
+/** E2B's template builder; see {@link TemplateBase}. */
+export declare const Template: typeof TemplateBase & ((opts?: any) => any)
+export type TemplateClass = TemplateBase
+export type TemplateBuilder = any
+
+/** Volumes belong to E2B's cloud: keep data in a snapshot, or pass it through {@link Sandbox.files}. */
+export declare class Volume {
+  constructor(...args: any[])
+  static create(name: string, opts?: ConnectionOpts): Promise<any>
+  static connect(volumeId: string, opts?: ConnectionOpts): Promise<any>
+  static list(opts?: ConnectionOpts): Promise<any[]>
+  static getInfo(volumeId: string, opts?: ConnectionOpts): Promise<any>
+  static destroy(volumeId: string, opts?: ConnectionOpts): Promise<boolean>
+}
+/** Type of an entry in a volume. */
+export declare enum VolumeFileType {
+  UNKNOWN = 'unknown',
+  FILE = 'file',
+  DIRECTORY = 'directory',
+  SYMLINK = 'symlink',
+}
+
+/** Secrets belong to E2B's cloud: pass them as `envs`. */
+export declare class Secret {
+  constructor(...args: any[])
+  static create(name: string, value: string, opts?: ConnectionOpts): Promise<any>
+  static getInfo(name: string, opts?: ConnectionOpts): Promise<any>
+  static exists(name: string, opts?: ConnectionOpts): Promise<boolean>
+  static update(name: string, ...args: any[]): Promise<any>
+  static destroy(name: string, opts?: ConnectionOpts): Promise<boolean>
+  static list(opts?: ConnectionOpts): SecretPaginator
+}
+/** Pages of {@link Secret.list}. */
+export declare class SecretPaginator {
+  constructor(...args: any[])
+}
+
+/** E2B's HTTP client; there is no server here. */
+export declare class ApiClient {
+  constructor(...args: any[])
+}
+
+/** A command whose success means that a template is ready. */
+export declare class ReadyCmd {
+  constructor(cmd: string)
+  getCmd(): string
+}
+/** Ready when something listens on a port. */
+export declare function waitForPort(port: number): ReadyCmd
+/** Ready when a URL answers with a status. */
+export declare function waitForURL(url: string, statusCode?: number): ReadyCmd
+/** Ready when a process runs. */
+export declare function waitForProcess(processName: string): ReadyCmd
+/** Ready when a file exists. */
+export declare function waitForFile(filename: string): ReadyCmd
+/** Ready after some milliseconds, at least a second. */
+export declare function waitForTimeout(timeout: number): ReadyCmd
+
+/** Level of a {@link LogEntry}. */
+export type LogEntryLevel = 'debug' | 'info' | 'warn' | 'error'
+/** A line of a template's build log. */
+export declare class LogEntry {
+  constructor(timestamp: Date, level: LogEntryLevel, message: string)
+  readonly timestamp: Date
+  readonly level: LogEntryLevel
+  readonly message: string
+  toString(): string
+}
+/** First line of a log. */
+export declare class LogEntryStart extends LogEntry {
+  constructor(timestamp: Date, message: string)
+}
+/** Last line of a log. */
+export declare class LogEntryEnd extends LogEntry {
+  constructor(timestamp: Date, message: string)
+}
+/** A logger for template builds; it prints nothing here. */
+export declare function defaultBuildLogger(options?: {
+  minLevel?: LogEntryLevel
+}): (logEntry: LogEntry) => void

@@ -45,6 +45,16 @@ test('the error classes have their hierarchy and names', () => {
     RateLimitError: 'SandboxError',
     SandboxCrashedError: 'SandboxError',
     AuthenticationError: 'Error',
+    GitAuthError: 'AuthenticationError',
+    GitUpstreamError: 'SandboxError',
+    BuildError: 'Error',
+    FileUploadError: 'BuildError',
+    VolumeError: 'Error',
+    VolumeNotFoundError: 'VolumeError',
+    VolumePathNotFoundError: 'VolumeError',
+    SecretError: 'Error',
+    SecretNotFoundError: 'SecretError',
+    ServiceBusyError: 'Error',
     CommandExitError: 'SandboxError',
   })
   for (const [name, Class] of classes) {
@@ -56,7 +66,7 @@ test('the error classes have their hierarchy and names', () => {
 test('index.d.ts declares what index.js exports', () => {
   const declared = readFileSync(path.join(ROOT, 'index.d.ts'), 'utf8')
   for (const name of Object.keys(amberbox).filter((name) => name !== '__esModule' && name !== 'default')) {
-    expect(declared).toMatch(new RegExp(`export declare (class|const) ${name}\\b`))
+    expect(declared).toMatch(new RegExp(`export declare (class|const|enum|function) ${name}\\b`))
   }
 })
 

@@ -1,151 +1,51 @@
 'use strict'
 /**
- * Commands and terminals. Native processes are pull streams: `next()` gives one event at a time, so a slow reader
- * slows the guest down instead of filling the heap.
+ * `sandbox.commands` and `sandbox.pty`: starting, finding and controlling processes. What runs is a `CommandHandle`.
  */
+const { constants } = require('node:os')
 const { native, invoke } = require('./native')
-const { CommandExitError, InvalidArgumentError, SandboxError, fromNative } = require('./errors')
+const { mergeOpts } = require('./config')
+const { CommandHandle } = require('./handle')
+const { InvalidArgumentError } = require('./errors')
 
 /** E2B's default life of a command's stream. */
 const COMMAND_TIMEOUT_MS = 60_000
 
-/** Decodes UTF-8 that may be split anywhere; invalid bytes become U+FFFD. */
-function decoder() {
-  return new TextDecoder('utf-8', { ignoreBOM: true })
-}
-
-/** Result of a finished command. */
-class CommandResult {
-  constructor({ exitCode, error, stdout, stderr }) {
-    this.exitCode = exitCode
-    this.error = error
-    this.stdout = stdout
-    this.stderr = stderr
+/** The events of a native process, several at a time as they come. */
+function eventsOf(process) {
+  return {
+    [Symbol.asyncIterator]: () => ({
+      async next() {
+        const value = await process.next()
+        return { value, done: value === null }
+      },
+    }),
   }
 }
 
-/** A running (or finished) command. */
-class CommandHandle {
-  #process
-  #commands
-  #onStdout
-  #onStderr
-  #onPty
-  #stdout = ''
-  #stderr = ''
-  #result
-  #failure
-  #disconnected = false
-  #done
+/** Number of a signal: `SIGTERM`, `TERM` or 15. */
+function signalNumber(signal) {
+  if (Number.isInteger(signal) && signal > 0) return signal
+  const name = typeof signal === 'string' ? signal.toUpperCase().replace(/^(?!SIG)/, 'SIG') : ''
+  const number = constants.signals[name]
+  if (number === undefined) throw new InvalidArgumentError(`Unknown signal ${JSON.stringify(signal)}`)
+  return number
+}
 
-  constructor(process, commands, { onStdout, onStderr, onPty, signal } = {}) {
-    this.#process = process
-    this.#commands = commands
-    this.#onStdout = onStdout
-    this.#onStderr = onStderr
-    this.#onPty = onPty
-    const onAbort = () => this.#end(signal.reason)
-    signal?.addEventListener('abort', onAbort, { once: true })
-    if (signal?.aborted) onAbort()
-    this.#done = this.#pump().finally(() => signal?.removeEventListener('abort', onAbort))
+/** Checks a number of milliseconds; 0 is no limit. */
+function checkTimeout(value) {
+  if (value === undefined || value === null) return COMMAND_TIMEOUT_MS
+  if (typeof value !== 'number' || Number.isNaN(value) || value < 0) {
+    throw new InvalidArgumentError('timeoutMs must be a number of milliseconds that is not negative')
   }
+  return value
+}
 
-  /** Process id in the guest. */
-  get pid() {
-    return this.#process.pid
+function checkPid(pid) {
+  if (!Number.isInteger(pid) || pid < 0 || pid > 0xffff_ffff) {
+    throw new InvalidArgumentError(`Not a process id: ${JSON.stringify(pid) ?? typeof pid}`)
   }
-
-  /** Output so far. */
-  get stdout() {
-    return this.#stdout
-  }
-
-  /** Error output so far. */
-  get stderr() {
-    return this.#stderr
-  }
-
-  get exitCode() {
-    return this.#result?.exitCode
-  }
-
-  get error() {
-    return this.#result?.error
-  }
-
-  async wait() {
-    await this.#done
-    if (this.#failure) throw this.#failure
-    if (this.#result === undefined) {
-      throw new SandboxError(
-        'The handle was disconnected before the command ended; use commands.connect(pid)',
-      )
-    }
-    if (this.#result.exitCode !== 0) throw new CommandExitError(this.#result)
-    return this.#result
-  }
-
-  async disconnect() {
-    this.#end()
-  }
-
-  async kill() {
-    return this.#commands.kill(this.pid)
-  }
-
-  async sendStdin(data, opts) {
-    return this.#commands.sendStdin(this.pid, data, opts)
-  }
-
-  async closeStdin(opts) {
-    return this.#commands.closeStdin(this.pid, opts)
-  }
-
-  #end(failure) {
-    if (this.#disconnected) return
-    this.#disconnected = true
-    if (this.#result === undefined) this.#failure ??= failure
-    this.#process.disconnect()
-  }
-
-  /** Reads events until the end; callbacks are awaited in order, which is the back-pressure. */
-  async #pump() {
-    const out = decoder()
-    const err = decoder()
-    const emit = async (kind, text) => {
-      if (text === '' || this.#disconnected) return
-      if (kind === 'stdout') {
-        this.#stdout += text
-        await this.#onStdout?.(text)
-      } else {
-        this.#stderr += text
-        await this.#onStderr?.(text)
-      }
-    }
-    try {
-      while (!this.#disconnected) {
-        const event = await this.#process.next()
-        if (event === null || this.#disconnected) return
-        if (event.kind === 'end') {
-          await emit('stdout', out.decode())
-          await emit('stderr', err.decode())
-          this.#result = new CommandResult({
-            exitCode: event.exitCode,
-            error: event.error ?? undefined,
-            stdout: this.#stdout,
-            stderr: this.#stderr,
-          })
-          return
-        }
-        if (event.kind === 'pty') await this.#onPty?.(new Uint8Array(event.data))
-        else if (event.kind === 'stdout') await emit('stdout', out.decode(event.data, { stream: true }))
-        else if (event.kind === 'stderr') await emit('stderr', err.decode(event.data, { stream: true }))
-      }
-    } catch (error) {
-      this.#failure ??= fromNative(error)
-      this.#process.disconnect()
-    }
-  }
+  return pid
 }
 
 /** Checks and normalises the environment option. */
@@ -166,33 +66,77 @@ function bytesOf(data) {
   throw new InvalidArgumentError('Input must be a string, an ArrayBuffer or a Uint8Array')
 }
 
-/** What commands and terminals share: they differ in how a process is started. */
+/** What commands and terminals share: they differ in how a process is started and what its output is. */
 class Processes {
   /** @protected */
   _id
+  #bound
 
-  constructor(sandboxId) {
+  constructor(sandboxId, bound) {
     this._id = sandboxId
+    this.#bound = bound
+  }
+
+  /** Calls the native layer with the options of a call over those of the sandbox. */
+  _call(start, opts, undo) {
+    return invoke(start, mergeOpts(this.#bound, opts), undefined, undo)
   }
 
   async _start(spec, callbacks, opts) {
-    const process = await invoke(
-      (call) => native.startProcess(this._id, spec, call),
-      opts,
-      undefined,
-      (late) => late.disconnect(),
-    )
-    return new CommandHandle(process, this, callbacks)
+    const start = (call) => native.startProcess(this._id, spec, call)
+    return this.#handle(await this._call(start, opts, (late) => late.disconnect()), callbacks, opts)
   }
 
   async _connect(pid, callbacks, opts) {
-    const timeoutMs = opts?.timeoutMs ?? COMMAND_TIMEOUT_MS
-    const process = await invoke((call) => native.connectProcess(this._id, pid, timeoutMs, call), opts)
-    return new CommandHandle(process, this, callbacks)
+    const timeoutMs = checkTimeout(opts?.timeoutMs)
+    checkPid(pid)
+    const connect = (call) => native.connectProcess(this._id, pid, timeoutMs, call)
+    return this.#handle(await this._call(connect, opts, (late) => late.disconnect()), callbacks, opts)
   }
 
+  #handle(process, { onStdout, onStderr, onPty }, opts) {
+    const { pid } = process
+    const handle = new CommandHandle(
+      pid,
+      () => process.disconnect(),
+      (signal) => this.kill(pid, signal === undefined ? undefined : { signal }),
+      eventsOf(process),
+      onStdout,
+      onStderr,
+      onPty,
+      (data, stdinOpts) => this.sendStdin(pid, data, stdinOpts),
+      (stdinOpts) => this.closeStdin(pid, stdinOpts),
+    )
+    const signal = opts?.signal
+    if (signal) {
+      const onAbort = () => handle._fail(signal.reason)
+      signal.addEventListener('abort', onAbort, { once: true })
+      const settled = () => signal.removeEventListener('abort', onAbort)
+      handle.wait().then(settled, settled)
+      if (signal.aborted) onAbort()
+    }
+    return handle
+  }
+
+  /** Kills; `opts.signal` may be a signal of the guest (`SIGTERM`, 15) instead of an AbortSignal. */
   async kill(pid, opts) {
-    return invoke((call) => native.signalProcess(this._id, pid, 9, call), opts)
+    const { signal } = opts ?? {}
+    if (typeof signal === 'string' || typeof signal === 'number') {
+      return this.sendSignal(pid, signal, { ...opts, signal: undefined })
+    }
+    return this.sendSignal(pid, constants.signals.SIGKILL, opts)
+  }
+
+  async sendSignal(pid, signal, opts) {
+    const number = signalNumber(signal)
+    checkPid(pid)
+    return this._call((call) => native.signalProcess(this._id, pid, number, call), opts)
+  }
+
+  async sendStdin(pid, data, opts) {
+    const bytes = bytesOf(data)
+    checkPid(pid)
+    return this._call((call) => native.sendStdin(this._id, pid, bytes, call), opts)
   }
 }
 
@@ -207,10 +151,10 @@ class Commands extends Processes {
       user: opts.user,
       envs: envPairs(opts.envs),
       stdin: opts.stdin ?? false,
-      timeoutMs: opts.timeoutMs ?? COMMAND_TIMEOUT_MS,
+      timeoutMs: checkTimeout(opts.timeoutMs),
     }
     const { onStdout, onStderr, signal } = opts
-    const handle = await this._start(spec, { onStdout, onStderr, signal }, opts)
+    const handle = await this._start(spec, { onStdout, onStderr }, opts)
     if (opts.background) return handle
     try {
       return await handle.wait()
@@ -222,22 +166,28 @@ class Commands extends Processes {
   }
 
   async list(opts) {
-    return invoke((call) => native.listProcesses(this._id, call), opts)
+    return this._call((call) => native.listProcesses(this._id, call), opts)
   }
 
   async connect(pid, opts = {}) {
-    const { onStdout, onStderr, signal } = opts
-    return this._connect(pid, { onStdout, onStderr, signal }, opts)
-  }
-
-  async sendStdin(pid, data, opts) {
-    const bytes = bytesOf(data)
-    return invoke((call) => native.sendStdin(this._id, pid, bytes, call), opts)
+    const { onStdout, onStderr } = opts
+    return this._connect(pid, { onStdout, onStderr }, opts)
   }
 
   async closeStdin(pid, opts) {
-    return invoke((call) => native.closeStdin(this._id, pid, call), opts)
+    checkPid(pid)
+    return this._call((call) => native.closeStdin(this._id, pid, call), opts)
   }
+}
+
+/** A terminal's size. */
+function checkSize({ cols, rows } = {}) {
+  for (const value of [cols, rows]) {
+    if (!Number.isInteger(value) || value < 0 || value > 0xffff) {
+      throw new InvalidArgumentError('cols and rows must be whole numbers')
+    }
+  }
+  return { cols, rows }
 }
 
 /** `sandbox.pty` */
@@ -246,37 +196,33 @@ class Pty extends Processes {
     const spec = {
       cmd: '/bin/bash',
       args: ['-i', '-l'],
-      cwd: opts.cwd,
-      user: opts.user,
-      envs: { TERM: 'xterm-256color', LANG: 'C.UTF-8', LC_ALL: 'C.UTF-8', ...envPairs(opts.envs) },
+      cwd: opts?.cwd,
+      user: opts?.user,
+      envs: { TERM: 'xterm-256color', LANG: 'C.UTF-8', LC_ALL: 'C.UTF-8', ...envPairs(opts?.envs) },
       stdin: true,
-      pty: { cols: opts.cols, rows: opts.rows },
-      timeoutMs: opts.timeoutMs ?? COMMAND_TIMEOUT_MS,
+      pty: checkSize(opts),
+      timeoutMs: checkTimeout(opts?.timeoutMs),
     }
-    return this._start(spec, { onPty: opts.onData, signal: opts.signal }, opts)
+    return this._start(spec, { onPty: opts.onData ?? (() => {}) }, opts)
   }
 
   async connect(pid, opts = {}) {
-    return this._connect(pid, { onPty: opts.onData, signal: opts.signal }, opts)
+    return this._connect(pid, { onPty: opts.onData ?? (() => {}) }, opts)
   }
 
   async sendInput(pid, data, opts) {
-    const bytes = bytesOf(data)
-    return invoke((call) => native.sendStdin(this._id, pid, bytes, call), opts)
-  }
-
-  /** What {@link CommandHandle.sendStdin} calls. */
-  async sendStdin(pid, data, opts) {
-    return this.sendInput(pid, data, opts)
+    return this.sendStdin(pid, data, opts)
   }
 
   async closeStdin() {
     throw new InvalidArgumentError('A terminal has no stdin to close: send "\\x04" instead')
   }
 
-  async resize(pid, { cols, rows }, opts) {
-    return invoke((call) => native.resizePty(this._id, pid, cols, rows, call), opts)
+  async resize(pid, size, opts) {
+    const { cols, rows } = checkSize(size)
+    checkPid(pid)
+    return this._call((call) => native.resizePty(this._id, pid, cols, rows, call), opts)
   }
 }
 
-module.exports = { Commands, Pty, CommandHandle, CommandResult }
+module.exports = { Commands, Pty }

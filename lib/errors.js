@@ -5,77 +5,62 @@
  * details (async native functions cannot set `code` themselves).
  */
 
+/**
+ * Sets what every error class has: `name`, `code`, and, when the second argument is a string, the stack that the
+ * caller wants shown (E2B's constructors take one); where the error really arose is then its `cause`.
+ */
+function dress(error, name, code, options) {
+  error.name = name
+  error.code = code
+  if (typeof options !== 'string') return
+  const cause = new Error(error.message)
+  if (error.cause instanceof Error) cause.stack = error.cause.stack
+  else cause.stack = error.stack
+  Object.defineProperty(error, 'cause', { value: cause, configurable: true, writable: true })
+  Object.defineProperty(error, 'stack', {
+    value: `${name}: ${error.message}\n${options}`,
+    configurable: true,
+    writable: true,
+  })
+}
+
+/** The options of `Error` among the second arguments that the classes take. */
+const native = (options) => (typeof options === 'string' ? undefined : options)
+
 /** Base class of most errors. `code` is stable and meant for programs; `message` is meant for people. */
 class SandboxError extends Error {
   constructor(message, options) {
-    super(message, options)
-    this.name = 'SandboxError'
-    /** @type {string} */
-    this.code = 'ERR_SANDBOX'
+    super(message, native(options))
+    dress(this, 'SandboxError', 'ERR_SANDBOX', options)
   }
 }
 
-class TimeoutError extends SandboxError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'TimeoutError'
-    this.code = 'ERR_TIMEOUT'
-  }
-}
+/** Makes a class whose instances differ from its parent's by name and code only. */
+const define = (name, code, Parent) =>
+  ({
+    [name]: class extends Parent {
+      constructor(message, options) {
+        super(message, Parent === Error ? native(options) : options)
+        dress(this, name, code, options)
+      }
+    },
+  })[name]
 
-class InvalidArgumentError extends SandboxError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'InvalidArgumentError'
-    this.code = 'ERR_INVALID_ARGUMENT'
-  }
-}
+const TimeoutError = define('TimeoutError', 'ERR_TIMEOUT', SandboxError)
+const InvalidArgumentError = define('InvalidArgumentError', 'ERR_INVALID_ARGUMENT', SandboxError)
+const NotEnoughSpaceError = define('NotEnoughSpaceError', 'ERR_NOT_ENOUGH_SPACE', SandboxError)
+const NotFoundError = define('NotFoundError', 'ERR_NOT_FOUND', SandboxError)
+const FileNotFoundError = define('FileNotFoundError', 'ERR_FILE_NOT_FOUND', NotFoundError)
+const SandboxNotFoundError = define('SandboxNotFoundError', 'ERR_SANDBOX_NOT_FOUND', NotFoundError)
+const TemplateError = define('TemplateError', 'ERR_TEMPLATE', SandboxError)
+const GitUpstreamError = define('GitUpstreamError', 'ERR_GIT_UPSTREAM', SandboxError)
 
-class NotEnoughSpaceError extends SandboxError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'NotEnoughSpaceError'
-    this.code = 'ERR_NOT_ENOUGH_SPACE'
-  }
-}
-
-class NotFoundError extends SandboxError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'NotFoundError'
-    this.code = 'ERR_NOT_FOUND'
-  }
-}
-
-class FileNotFoundError extends NotFoundError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'FileNotFoundError'
-    this.code = 'ERR_FILE_NOT_FOUND'
-  }
-}
-
-class SandboxNotFoundError extends NotFoundError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'SandboxNotFoundError'
-    this.code = 'ERR_SANDBOX_NOT_FOUND'
-  }
-}
-
-class TemplateError extends SandboxError {
-  constructor(message, options) {
-    super(message, options)
-    this.name = 'TemplateError'
-    this.code = 'ERR_TEMPLATE'
-  }
-}
-
+/** Too much at once. */
 class RateLimitError extends SandboxError {
   constructor(message, options) {
     super(message, options)
-    this.name = 'RateLimitError'
-    this.code = 'ERR_RATE_LIMIT'
+    dress(this, 'RateLimitError', 'ERR_RATE_LIMIT', options)
+    this.statusCode = 429
   }
 }
 
@@ -83,18 +68,28 @@ class RateLimitError extends SandboxError {
 class SandboxCrashedError extends SandboxError {
   constructor(message, options) {
     super(message, options)
-    this.name = 'SandboxCrashedError'
-    this.code = 'ERR_SANDBOX_CRASHED'
+    dress(this, 'SandboxCrashedError', 'ERR_SANDBOX_CRASHED', options)
     /** Last lines of the guest's serial console. @type {string} */
     this.console = options?.console ?? ''
   }
 }
 
-class AuthenticationError extends Error {
+const AuthenticationError = define('AuthenticationError', 'ERR_AUTHENTICATION', Error)
+const GitAuthError = define('GitAuthError', 'ERR_GIT_AUTH', AuthenticationError)
+const BuildError = define('BuildError', 'ERR_BUILD', Error)
+const FileUploadError = define('FileUploadError', 'ERR_FILE_UPLOAD', BuildError)
+const VolumeError = define('VolumeError', 'ERR_VOLUME', Error)
+const VolumeNotFoundError = define('VolumeNotFoundError', 'ERR_VOLUME_NOT_FOUND', VolumeError)
+const VolumePathNotFoundError = define('VolumePathNotFoundError', 'ERR_VOLUME_PATH_NOT_FOUND', VolumeError)
+const SecretError = define('SecretError', 'ERR_SECRET', Error)
+const SecretNotFoundError = define('SecretNotFoundError', 'ERR_SECRET_NOT_FOUND', SecretError)
+
+/** The service has no room now. E2B's cloud throws it; it is here for programs that look for it. */
+class ServiceBusyError extends Error {
   constructor(message, options) {
-    super(message, options)
-    this.name = 'AuthenticationError'
-    this.code = 'ERR_AUTHENTICATION'
+    super(message, native(options))
+    dress(this, 'ServiceBusyError', 'ERR_SERVICE_BUSY', options)
+    this.statusCode = 503
   }
 }
 
@@ -102,8 +97,7 @@ class AuthenticationError extends Error {
 class CommandExitError extends SandboxError {
   constructor(result) {
     super(result.error ?? `exit status ${result.exitCode}`)
-    this.name = 'CommandExitError'
-    this.code = 'ERR_COMMAND_EXIT'
+    dress(this, 'CommandExitError', 'ERR_COMMAND_EXIT')
     Object.defineProperty(this, 'result', { value: result, enumerable: false })
     this.exitCode = result.exitCode
     this.error = result.error
@@ -170,5 +164,15 @@ module.exports = {
   RateLimitError,
   SandboxCrashedError,
   AuthenticationError,
+  GitAuthError,
+  GitUpstreamError,
+  BuildError,
+  FileUploadError,
+  VolumeError,
+  VolumeNotFoundError,
+  VolumePathNotFoundError,
+  SecretError,
+  SecretNotFoundError,
+  ServiceBusyError,
   CommandExitError,
 }

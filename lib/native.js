@@ -5,12 +5,10 @@
 const { existsSync } = require('node:fs')
 const os = require('node:os')
 const path = require('node:path')
+const { REQUEST_TIMEOUT_MS } = require('./config')
 const { fromNative } = require('./errors')
 
 const ROOT = path.resolve(__dirname, '..')
-
-/** E2B's default for a request that is not a command or a transfer. */
-const REQUEST_TIMEOUT_MS = 60_000
 
 function isMusl() {
   const header = process.report?.getReport?.()?.header

@@ -2,7 +2,9 @@
 /** The `Sandbox` class: E2B's static and instance methods over the native registry of this process. */
 const { native, invoke, places } = require('./native')
 const { Commands, Pty } = require('./commands')
+const { ClientFactory, ConnectionConfig, mergeOpts } = require('./config')
 const { Filesystem } = require('./files')
+const { Git } = require('./git')
 const { InvalidArgumentError } = require('./errors')
 const { SandboxPaginator, SnapshotPaginator } = require('./paginator')
 
@@ -56,18 +58,37 @@ function sandboxInfo(raw) {
   }
 }
 
-class Sandbox {
+/** Version of E2B's guest daemon whose behaviour the guest agent follows; programs switch features by it. */
+const ENVD_VERSION = '0.6.13'
+
+class Sandbox extends ClientFactory {
+  /** Request timeout that every call on this sandbox takes unless it has its own. */
+  #bound
+
   /** @param {{ sandboxId: string }} opts what `create` and `connect` pass; not meant to be called by programs */
   constructor(opts) {
+    super()
     this.sandboxId = checkString(opts?.sandboxId, 'sandboxId')
     this.sandboxDomain = '127.0.0.1'
-    this.commands = new Commands(this.sandboxId)
-    this.files = new Filesystem(this.sandboxId)
-    this.pty = new Pty(this.sandboxId)
+    const { requestTimeoutMs } = opts
+    this.#bound = requestTimeoutMs === undefined ? undefined : { requestTimeoutMs }
+    /** @protected */
+    this.connectionConfig = new ConnectionConfig(opts)
+    /** @private */
+    this.envdApi = { version: ENVD_VERSION }
+    this.commands = new Commands(this.sandboxId, this.#bound)
+    this.files = new Filesystem(this.sandboxId, this.#bound)
+    this.pty = new Pty(this.sandboxId, this.#bound)
+    this.git = new Git(this.commands)
+  }
+
+  /** @protected Options of a call over those of this sandbox. */
+  resolveOpts(opts) {
+    return mergeOpts(this.#bound, opts)
   }
 
   static async create(templateOrOpts, maybeOpts) {
-    const opts = (typeof templateOrOpts === 'string' ? maybeOpts : templateOrOpts) ?? {}
+    const opts = this.resolveOpts(typeof templateOrOpts === 'string' ? maybeOpts : templateOrOpts) ?? {}
     const template =
       typeof templateOrOpts === 'string'
         ? templateOrOpts
@@ -85,17 +106,19 @@ class Sandbox {
       NO_TIMEOUT,
       (late) => native.killSandbox(late.sandboxId, { token: 0, timeoutMs: 0 }),
     )
-    return new this({ sandboxId: info.sandboxId })
+    return new this({ ...opts, sandboxId: info.sandboxId })
   }
 
-  static async connect(sandboxId, opts = {}) {
+  static async connect(sandboxId, connectOpts) {
+    const opts = this.resolveOpts(connectOpts) ?? {}
     checkString(sandboxId, 'sandboxId')
     const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
     await invoke((call) => native.connectSandbox(sandboxId, timeoutMs, call), opts)
-    return new this({ sandboxId })
+    return new this({ ...opts, sandboxId })
   }
 
-  static list(opts = {}) {
+  static list(listOpts) {
+    const opts = this.resolveOpts(listOpts) ?? {}
     const query = opts.query ?? {}
     const request = {
       ...places(),
@@ -117,27 +140,29 @@ class Sandbox {
 
   static async kill(sandboxId, opts) {
     checkString(sandboxId, 'sandboxId')
-    return invoke((call) => native.killSandbox(sandboxId, call), opts)
+    return invoke((call) => native.killSandbox(sandboxId, call), this.resolveOpts(opts))
   }
 
   static async getInfo(sandboxId, opts) {
     checkString(sandboxId, 'sandboxId')
-    return sandboxInfo(await invoke((call) => native.sandboxInfo(sandboxId, call), opts))
+    return sandboxInfo(await invoke((call) => native.sandboxInfo(sandboxId, call), this.resolveOpts(opts)))
   }
 
   static async setTimeout(sandboxId, timeoutMs, opts) {
     checkString(sandboxId, 'sandboxId')
     checkTimeout(timeoutMs)
-    await invoke((call) => native.setSandboxTimeout(sandboxId, timeoutMs, call), opts)
+    await invoke((call) => native.setSandboxTimeout(sandboxId, timeoutMs, call), this.resolveOpts(opts))
   }
 
-  static async createSnapshot(sandboxId, opts = {}) {
+  static async createSnapshot(sandboxId, snapshotOpts) {
+    const opts = this.resolveOpts(snapshotOpts) ?? {}
     checkString(sandboxId, 'sandboxId')
     const raw = await invoke((call) => native.createSnapshot(sandboxId, opts.name, call), opts, NO_TIMEOUT)
     return { snapshotId: raw.snapshotId, names: raw.names }
   }
 
-  static listSnapshots(opts = {}) {
+  static listSnapshots(listOpts) {
+    const opts = this.resolveOpts(listOpts) ?? {}
     const request = { ...places(), sandboxId: opts.sandboxId, name: opts.name, limit: checkLimit(opts.limit) }
     return new SnapshotPaginator(async (nextToken, pageOpts) => {
       const page = await invoke((call) => native.listSnapshots({ ...request, nextToken }, call), {
@@ -153,37 +178,38 @@ class Sandbox {
 
   static async deleteSnapshot(snapshotId, opts) {
     checkString(snapshotId, 'snapshotId')
-    return invoke((call) => native.deleteSnapshot(places(), snapshotId, call), opts)
+    return invoke((call) => native.deleteSnapshot(places(), snapshotId, call), this.resolveOpts(opts))
   }
 
-  async connect(opts = {}) {
+  async connect(connectOpts) {
+    const opts = this.resolveOpts(connectOpts) ?? {}
     const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
     await invoke((call) => native.connectSandbox(this.sandboxId, timeoutMs, call), opts)
     return this
   }
 
   async isRunning(opts) {
-    return invoke((call) => native.isRunning(this.sandboxId, call), opts)
+    return invoke((call) => native.isRunning(this.sandboxId, call), this.resolveOpts(opts))
   }
 
   async setTimeout(timeoutMs, opts) {
-    await Sandbox.setTimeout(this.sandboxId, timeoutMs, opts)
+    await Sandbox.setTimeout(this.sandboxId, timeoutMs, this.resolveOpts(opts))
   }
 
   async kill(opts) {
-    return Sandbox.kill(this.sandboxId, opts)
+    return Sandbox.kill(this.sandboxId, this.resolveOpts(opts))
   }
 
   async getInfo(opts) {
-    return Sandbox.getInfo(this.sandboxId, opts)
+    return Sandbox.getInfo(this.sandboxId, this.resolveOpts(opts))
   }
 
   async createSnapshot(opts) {
-    return Sandbox.createSnapshot(this.sandboxId, opts)
+    return Sandbox.createSnapshot(this.sandboxId, this.resolveOpts(opts))
   }
 
   listSnapshots(opts = {}) {
-    return Sandbox.listSnapshots({ ...opts, sandboxId: this.sandboxId })
+    return Sandbox.listSnapshots({ ...this.resolveOpts(opts), sandboxId: this.sandboxId })
   }
 }
 

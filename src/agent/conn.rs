@@ -66,6 +66,15 @@ impl Conn {
         }
     }
 
+    /// The next frame if all of it has been read already. An error frame stays an error.
+    pub(super) fn buffered(&mut self) -> Result<Option<OwnedFrame>, AgentError> {
+        match self.decoder.next_frame().map_err(AgentError::protocol)? {
+            Some(frame) if frame.kind == Kind::ERROR => Err(refusal(frame.payload)),
+            Some(frame) => Ok(Some(OwnedFrame { kind: frame.kind, payload: frame.payload.to_vec() })),
+            None => Ok(None),
+        }
+    }
+
     /// The next frame of an operation that is not over: an error frame becomes its error, an end is a lost connection.
     pub(super) async fn expect(&mut self) -> Result<OwnedFrame, AgentError> {
         match self.next().await? {

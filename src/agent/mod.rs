@@ -9,6 +9,7 @@ mod conn;
 mod error;
 mod files;
 mod process;
+mod watch;
 
 use std::future::Future;
 use std::io;
@@ -24,6 +25,7 @@ pub use amber_proto::{
 pub use error::AgentError;
 pub use files::{FileReader, FileWriter};
 pub use process::{Event, Process};
+pub use watch::Watched;
 
 use amber_proto as proto;
 use conn::Conn;

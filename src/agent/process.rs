@@ -3,7 +3,7 @@
 use amber_proto::{Exit, Kind, decode_cbor};
 
 use super::AgentError;
-use super::conn::Conn;
+use super::conn::{Conn, OwnedFrame};
 
 /// What a process does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,18 +43,35 @@ impl Process {
         }
         loop {
             let frame = self.conn.expect().await.inspect_err(|_| self.ended = true)?;
-            return Ok(Some(match frame.kind {
-                Kind::STDOUT => Event::Stdout(frame.payload),
-                Kind::STDERR => Event::Stderr(frame.payload),
-                Kind::PTY => Event::Pty(frame.payload),
-                Kind::EXIT => {
-                    self.ended = true;
-                    Event::End(decode_cbor(&frame.payload).map_err(AgentError::protocol)?)
-                }
-                // A newer agent may tell more.
-                _ => continue,
-            }));
+            if let Some(event) = self.event(frame)? {
+                return Ok(Some(event));
+            }
         }
+    }
+
+    /// The next event if it has arrived completely; never waits.
+    pub fn ready(&mut self) -> Result<Option<Event>, AgentError> {
+        while !self.ended {
+            let Some(frame) = self.conn.buffered()? else { return Ok(None) };
+            if let Some(event) = self.event(frame)? {
+                return Ok(Some(event));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The event of a frame; `None` for what only a newer agent tells.
+    fn event(&mut self, frame: OwnedFrame) -> Result<Option<Event>, AgentError> {
+        Ok(Some(match frame.kind {
+            Kind::STDOUT => Event::Stdout(frame.payload),
+            Kind::STDERR => Event::Stderr(frame.payload),
+            Kind::PTY => Event::Pty(frame.payload),
+            Kind::EXIT => {
+                self.ended = true;
+                Event::End(decode_cbor(&frame.payload).map_err(AgentError::protocol)?)
+            }
+            _ => return Ok(None),
+        }))
     }
 
     /// Discards the output and waits for the end.

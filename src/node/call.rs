@@ -66,6 +66,11 @@ pub(super) fn duration(ms: f64) -> Duration {
     if ms > 0.0 { Duration::from_secs_f64(ms.min(LONGEST_MS) / 1000.0) } else { Duration::ZERO }
 }
 
+/// A number of milliseconds as the agent takes it.
+pub(super) fn whole_ms(ms: f64) -> u64 {
+    u64::try_from(duration(ms).as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Call {
     /// Runs `task` and gives the promise of its result.
     pub(super) fn run<'env, T, F>(self, env: &'env Env, task: F) -> napi::Result<PromiseRaw<'env, T>>

@@ -126,17 +126,35 @@ impl Drop for FileWriter {
     }
 }
 
+/// What to read.
+#[napi(object)]
+pub struct JsRead {
+    /// Path.
+    pub path: String,
+    /// User.
+    pub user: Option<String>,
+    /// First byte.
+    pub offset: Option<f64>,
+    /// Number of bytes; to the end if absent.
+    pub length: Option<f64>,
+}
+
 /// Opens a file for reading.
 #[napi]
 pub fn open_file(
     env: &Env,
     id: String,
-    path: String,
-    user: Option<String>,
+    spec: JsRead,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, FileReader>> {
     call.run(env, async move {
-        let read = Read { path, user, ..Read::default() };
+        // Whole numbers of bytes: JavaScript has checked them.
+        let read = Read {
+            path: spec.path,
+            user: spec.user,
+            offset: spec.offset.unwrap_or(0.0) as u64,
+            length: spec.length.map(|length| length as u64),
+        };
         Ok(FileReader { inner: Arc::new(registry().find(&id)?.open_file(read).await?) })
     })
 }
@@ -154,6 +172,32 @@ pub struct JsWrite {
     pub metadata: Option<HashMap<String, String>>,
 }
 
+impl From<JsWrite> for Write {
+    fn from(spec: JsWrite) -> Self {
+        Self {
+            path: spec.path,
+            user: spec.user,
+            // A whole number of bytes: JavaScript's lengths are.
+            length: spec.length.filter(|length| *length >= 0.0).map(|length| length as u64),
+            mode: None,
+            metadata: spec.metadata.unwrap_or_default().into_iter().collect(),
+        }
+    }
+}
+
+/// Writes a whole file.
+#[napi]
+pub fn write_file<'env>(
+    env: &'env Env,
+    id: String,
+    spec: JsWrite,
+    data: &[u8],
+    call: Call,
+) -> napi::Result<PromiseRaw<'env, JsEntry>> {
+    let data = data.to_vec();
+    call.run(env, async move { Ok(registry().find(&id)?.write_file(&spec.into(), &data).await?.into()) })
+}
+
 /// Opens a file for writing.
 #[napi]
 pub fn create_file(
@@ -163,15 +207,7 @@ pub fn create_file(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, FileWriter>> {
     call.run(env, async move {
-        let write = Write {
-            path: spec.path,
-            user: spec.user,
-            // A whole number of bytes: JavaScript's lengths are.
-            length: spec.length.filter(|length| *length >= 0.0).map(|length| length as u64),
-            mode: None,
-            metadata: spec.metadata.unwrap_or_default().into_iter().collect(),
-        };
-        Ok(FileWriter { inner: Arc::new(registry().find(&id)?.create_file(write).await?) })
+        Ok(FileWriter { inner: Arc::new(registry().find(&id)?.create_file(spec.into()).await?) })
     })
 }
 

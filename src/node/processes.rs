@@ -9,7 +9,7 @@ use napi::bindgen_prelude::PromiseRaw;
 use napi_derive::napi;
 
 use super::bytes::Bytes;
-use super::call::{Call, promise};
+use super::call::{Call, promise, whole_ms};
 use crate::agent::Event;
 use crate::sandbox::{self, registry};
 
@@ -91,11 +91,13 @@ impl Process {
         self.inner.pid()
     }
 
-    /// The next event; `null` after the end. Waiting for it keeps Node alive.
+    /// The next events; `null` after the end. Waiting for them keeps Node alive.
     #[napi]
-    pub fn next<'env>(&self, env: &'env Env) -> napi::Result<PromiseRaw<'env, Option<JsEvent>>> {
+    pub fn next<'env>(&self, env: &'env Env) -> napi::Result<PromiseRaw<'env, Option<Vec<JsEvent>>>> {
         let process = Arc::clone(&self.inner);
-        promise(env, async move { Ok(process.next().await?.map(JsEvent::from)) })
+        promise(env, async move {
+            Ok(process.next().await?.map(|events| events.into_iter().map(JsEvent::from).collect()))
+        })
     }
 
     /// Stops listening; the process goes on.
@@ -109,11 +111,6 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.inner.disconnect();
     }
-}
-
-/// A number of milliseconds as the agent takes it.
-fn whole_ms(ms: f64) -> u64 {
-    u64::try_from(super::call::duration(ms).as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Starts a process.

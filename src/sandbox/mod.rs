@@ -21,6 +21,7 @@ mod template;
 #[cfg(test)]
 mod tests;
 mod vm;
+mod watch;
 
 use std::sync::LazyLock;
 
@@ -36,6 +37,7 @@ pub use snapshots::{SnapshotInfo, SnapshotQuery, create_snapshot, delete_snapsho
 pub use stores::Places;
 pub use template::{TemplateRequest, TemplateResult, build_template};
 pub use vm::Facts;
+pub use watch::Watcher;
 
 /// Timers and agent connections wait, they do not compute: two threads serve any number of sandboxes.
 const WORKERS: usize = 2;

@@ -104,6 +104,11 @@ impl Sandbox {
         Ok(FileReader { sandbox: Arc::clone(self), inner: Transfer::new(reader) })
     }
 
+    /// Writes a whole file.
+    pub async fn write_file(&self, write: &Write, data: &[u8]) -> Result<EntryInfo, Error> {
+        self.file_call(self.agent.write(write, data)).await
+    }
+
     /// Opens a file for writing.
     pub async fn create_file(self: &Arc<Self>, write: Write) -> Result<FileWriter, Error> {
         let writer = self.file_call(self.agent.write_stream(&write)).await?;

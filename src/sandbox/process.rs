@@ -6,7 +6,7 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::{Error, Sandbox};
-use crate::agent::{self, Event};
+use crate::agent::{self, AgentError, Event};
 use std::sync::Arc;
 
 /// How much longer than the guest the host waits before it ends an overdue command itself. The agent kills on time; this is for a guest that
@@ -25,11 +25,21 @@ pub(super) enum Overdue {
     Disconnect,
 }
 
+/// Events handed over at once: fewer crossings into JavaScript while a process writes many small pieces.
+const BATCH: usize = 64;
+
+/// A process while somebody listens.
+struct Live {
+    process: agent::Process,
+    /// What was read ahead and is not output.
+    held: Option<Result<Option<Event>, AgentError>>,
+}
+
 /// A started or connected process.
 pub struct Process {
     sandbox: Arc<Sandbox>,
     pid: u32,
-    inner: Mutex<Option<agent::Process>>,
+    inner: Mutex<Option<Live>>,
     disconnected: watch::Sender<bool>,
     deadline: Option<Instant>,
     overdue: Overdue,
@@ -53,7 +63,7 @@ impl Process {
         Self {
             sandbox,
             pid: inner.pid(),
-            inner: Mutex::new(Some(inner)),
+            inner: Mutex::new(Some(Live { process: inner, held: None })),
             disconnected: watch::Sender::new(false),
             deadline,
             overdue,
@@ -65,32 +75,55 @@ impl Process {
         self.pid
     }
 
-    /// The next event; `None` after the end and after [`Process::disconnect`].
-    pub async fn next(&self) -> Result<Option<Event>, Error> {
+    /// The next events: waits for one, and adds those that have arrived with it. `None` after the end and after
+    /// [`Process::disconnect`].
+    pub async fn next(&self) -> Result<Option<Vec<Event>>, Error> {
         let mut inner = self.inner.lock().await;
-        let Some(process) = inner.as_mut() else { return Ok(None) };
+        let Some(live) = inner.as_mut() else { return Ok(None) };
         let mut disconnected = self.disconnected.subscribe();
-        let event = tokio::select! {
-            event = self.sandbox.agent_call(process.next()) => event,
-            _ = disconnected.wait_for(|yes| *yes) => Ok(None),
-            () = sleep_until(self.deadline) => {
-                if matches!(self.overdue, Overdue::Kill) {
-                    // The guest is beyond its own deadline: it may not answer at all, so nobody waits for it.
-                    let sandbox = Arc::clone(&self.sandbox);
-                    let pid = self.pid;
-                    tokio::spawn(async move { sandbox.signal(pid, SIGKILL).await });
+        let event = match live.held.take() {
+            Some(held) => self.sandbox.agent_call(std::future::ready(held)).await,
+            None => tokio::select! {
+                event = self.sandbox.agent_call(live.process.next()) => event,
+                _ = disconnected.wait_for(|yes| *yes) => Ok(None),
+                () = sleep_until(self.deadline) => {
+                    if matches!(self.overdue, Overdue::Kill) {
+                        // The guest is beyond its own deadline: it may not answer at all, so nobody waits for it.
+                        let sandbox = Arc::clone(&self.sandbox);
+                        let pid = self.pid;
+                        tokio::spawn(async move { sandbox.signal(pid, SIGKILL).await });
+                    }
+                    Err(self.timeout())
                 }
-                Err(self.timeout())
+            },
+        };
+        match event {
+            Ok(Some(Event::End(exit))) => {
+                *inner = None;
+                if exit.timed_out { Err(self.timeout()) } else { Ok(Some(vec![Event::End(exit)])) }
             }
-        };
-        let event = match event {
-            Ok(Some(Event::End(exit))) if exit.timed_out => Err(self.timeout()),
-            other => other,
-        };
-        if !matches!(event, Ok(Some(Event::Stdout(_) | Event::Stderr(_) | Event::Pty(_)))) {
-            *inner = None;
+            Ok(Some(event)) => {
+                let mut events = vec![event];
+                while events.len() < BATCH {
+                    match live.process.ready() {
+                        Ok(Some(event @ (Event::Stdout(_) | Event::Stderr(_) | Event::Pty(_)))) => {
+                            events.push(event)
+                        }
+                        Ok(None) => break,
+                        // The end, or a failure: the next call's.
+                        last => {
+                            live.held = Some(last);
+                            break;
+                        }
+                    }
+                }
+                Ok(Some(events))
+            }
+            other => {
+                *inner = None;
+                other.map(|_| None)
+            }
         }
-        event
     }
 
     /// Stops listening: the process goes on.
@@ -112,7 +145,7 @@ impl Process {
 }
 
 /// Never returns without a deadline.
-async fn sleep_until(deadline: Option<Instant>) {
+pub(super) async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,

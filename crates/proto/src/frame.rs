@@ -18,6 +18,8 @@ impl Kind {
     pub const ERROR: Kind = Kind(0x03);
     /// Agent to host, CBOR [`crate::Exit`]: the process ended; last frame of the connection.
     pub const EXIT: Kind = Kind(0x04);
+    /// Agent to host, CBOR [`crate::WatchEvents`]: changes in a watched directory.
+    pub const EVENTS: Kind = Kind(0x05);
     /// Agent to host, raw: standard output of a process.
     pub const STDOUT: Kind = Kind(0x10);
     /// Agent to host, raw: standard error of a process.

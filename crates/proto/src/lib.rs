@@ -10,7 +10,7 @@
 //! ```text
 //! u32 LE  length of what follows (1..=MAX_FRAME)
 //! u8      kind
-//! [u8]    payload: CBOR for REQUEST, REPLY, ERROR and EXIT, raw bytes otherwise
+//! [u8]    payload: CBOR for REQUEST, REPLY, ERROR, EXIT and EVENTS, raw bytes otherwise
 //! ```
 //!
 //! # Versions
@@ -29,11 +29,12 @@ mod message;
 pub use error::{CodecError, ErrorCode, FrameError, RemoteError};
 pub use frame::{Decoder, Frame, HEADER_LEN, Kind, encode, header};
 pub use message::{
-    CloseStdin, Connect, Done, Entries, EntryInfo, Exec, Exit, FileType, Forward, Freeze, GetInfo,
-    GetMetrics, Identified, Identify, Info, List, ListProcesses, MakeDir, Metrics, ProcessInfo, Processes,
-    PtyResize, PtySize, Read, ReadStart, Remove, Rename, Request, RequestHead, SendStdin, Shutdown, Signal,
-    Started, Stat, Sync, Target, Thaw, Write, decode_args, decode_cbor, decode_head, decode_reply,
-    encode_cbor, encode_error, encode_reply, encode_request,
+    ChangeKind, CloseStdin, Connect, Done, Entries, EntryInfo, Exec, Exit, FileType, Forward, Freeze,
+    GetInfo, GetMetrics, Identified, Identify, Info, List, ListProcesses, MakeDir, Metrics, ProcessInfo,
+    Processes, PtyResize, PtySize, Read, ReadStart, Remove, Rename, Request, RequestHead, SendStdin,
+    Shutdown, Signal, Started, Stat, Sync, Target, Thaw, Watch, WatchEvent, WatchEvents, WatchStarted, Write,
+    decode_args, decode_cbor, decode_head, decode_reply, encode_cbor, encode_error, encode_reply,
+    encode_request,
 };
 
 /// Version of the protocol that this crate speaks.

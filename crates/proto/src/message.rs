@@ -45,6 +45,7 @@ operations! {
     Rename => "rename", EntryInfo;
     Remove => "remove", Done;
     Forward => "forward", Done;
+    Watch => "watch", WatchStarted;
     GetMetrics => "metrics", Metrics;
     Sync => "sync", Done;
     Freeze => "freeze", Done;
@@ -426,6 +427,68 @@ pub struct Remove {
 pub struct Forward {
     /// The port.
     pub port: u16,
+}
+
+/// Watches a directory. After the reply [`Kind::EVENTS`] frames follow until the host closes the connection; [`Kind::END`] says that the
+/// directory itself is gone, an error frame that events were lost.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Watch {
+    /// Path of the directory.
+    pub path: String,
+    /// User, by name.
+    pub user: Option<String>,
+    /// Whether directories below are watched, too, also those that appear later.
+    pub recursive: bool,
+    /// Whether events come with what is known about the entry.
+    pub include_entry: bool,
+    /// Whether directories on network file systems may be watched, whose changes may not all be seen.
+    pub allow_network_mounts: bool,
+}
+
+/// Reply to [`Watch`]: everything from now on is told.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchStarted {}
+
+/// What happened to a directory entry.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangeKind {
+    /// It is new under this name.
+    Create,
+    /// Its content changed.
+    Write,
+    /// It was removed.
+    Remove,
+    /// It has another name now.
+    Rename,
+    /// Its permissions, owner, times or extended attributes changed.
+    Chmod,
+    /// Something that this version does not know.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+/// One change. Bytes of names that are not UTF-8 are replaced by U+FFFD.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchEvent {
+    /// Path relative to the watched directory; `.` is that directory.
+    pub name: String,
+    /// What happened.
+    pub kind: ChangeKind,
+    /// The entry, if that was asked for and it is still there.
+    pub entry: Option<EntryInfo>,
+}
+
+/// Changes in the order in which they happened.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchEvents {
+    /// The changes.
+    pub events: Vec<WatchEvent>,
 }
 
 /// Asks for the guest's resource use.

@@ -161,6 +161,24 @@ fn samples() -> Vec<Sample> {
         request(Remove { path: "a".into(), user: None }),
         request(Forward { port: 8080 }),
         reply::<Forward>(Done {}),
+        request(Watch {
+            path: "d".into(),
+            user: Some("user".into()),
+            recursive: true,
+            include_entry: true,
+            allow_network_mounts: false,
+        }),
+        reply::<Watch>(WatchStarted {}),
+        message(
+            "events",
+            Kind::EVENTS,
+            WatchEvents {
+                events: vec![
+                    WatchEvent { name: "f".into(), kind: ChangeKind::Create, entry: Some(entry()) },
+                    WatchEvent { name: "d/g".into(), kind: ChangeKind::Chmod, entry: None },
+                ],
+            },
+        ),
         request(GetMetrics {}),
         reply::<GetMetrics>(Metrics {
             wall_clock_ns: 1,

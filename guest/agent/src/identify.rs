@@ -26,6 +26,9 @@ const MAX_ENTROPY: usize = 512;
 /// The address that Debian gives the host's own name.
 const OWN_ADDRESS: &str = "127.0.1.1";
 
+/// Where programs find what E2B's sandboxes tell about themselves, without an environment.
+const FACTS: &str = "/run/e2b";
+
 /// What the agent says about itself.
 pub(crate) fn info(state: &State) -> Info {
     let uptime = rustix::time::clock_gettime(ClockId::Boottime);
@@ -68,6 +71,13 @@ pub(crate) fn identify(state: &State, request: Identify) -> Identified {
     }
     if request.reset_envs {
         settings.envs.clear();
+    }
+    let known = [("E2B_SANDBOX", "true"), ("E2B_SANDBOX_ID", request.sandbox_id.as_str())];
+    for (name, value) in known {
+        settings.envs.insert(name.to_owned(), value.to_owned());
+        if settings.system {
+            check(FACTS, tell(Path::new(FACTS), name, value));
+        }
     }
     settings.envs.extend(request.envs);
     settings.sandbox_id = Some(request.sandbox_id);
@@ -141,6 +151,14 @@ fn rewrite(path: &Path, content: &[u8]) -> io::Result<()> {
         file.set_len(length)?;
     }
     Ok(())
+}
+
+/// Writes a fact into the directory of facts, which nobody but root can change.
+fn tell(directory: &Path, name: &str, value: &str) -> io::Result<()> {
+    match std::fs::create_dir(directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => rewrite(&directory.join(format!(".{name}")), value.as_bytes()),
+    }
 }
 
 /// Makes the own name resolvable: the line of the own address is replaced, or added.

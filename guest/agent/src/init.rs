@@ -54,6 +54,10 @@ pub(crate) fn prepare() {
         check(directory, fs::create_dir_all(directory));
         check(directory, fs::set_permissions(directory, PermissionsExt::from_mode(0o1777)));
     }
+    // The defaults are for desktops; what the guest's programs watch is bounded by its memory, not by these.
+    for (limit, value) in [("max_user_instances", "8192"), ("max_user_watches", "262144")] {
+        check(limit, fs::write(format!("/proc/sys/fs/inotify/{limit}"), value));
+    }
     check("lo", raise_loopback());
     // Proactive compaction wakes the guest twice a second for good, to prepare huge pages that few programs here ask for.
     check("compaction", fs::write("/proc/sys/vm/compaction_proactiveness", "0"));

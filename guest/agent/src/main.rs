@@ -28,6 +28,7 @@ mod spawn;
 mod state;
 mod stream;
 mod users;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -12,7 +12,7 @@ use amber_proto::{ErrorCode, Kind, Request, VERSION, decode_head};
 use crate::conn::{Conn, Failure, Result, args, failure};
 use crate::listen::Listener;
 use crate::state::{Settings, State};
-use crate::{Options, exec, files, forward, freeze, identify, init, metrics, process, reap};
+use crate::{Options, exec, files, forward, freeze, identify, init, metrics, process, reap, watch};
 
 /// Pause after the system ran out of descriptors or memory for a connection.
 const RETRY: Duration = Duration::from_millis(20);
@@ -36,6 +36,7 @@ pub(crate) const OPERATIONS: &[&str] = &[
     proto::Rename::OP,
     proto::Remove::OP,
     proto::Forward::OP,
+    proto::Watch::OP,
     proto::GetMetrics::OP,
     proto::Sync::OP,
     proto::Freeze::OP,
@@ -130,6 +131,7 @@ async fn dispatch(state: &Rc<State>, slot: &mut Option<Conn>, op: &str, payload:
         proto::Remove::OP => {
             files::blocking::<proto::Remove>(state, slot, args(payload)?, files::remove).await
         }
+        proto::Watch::OP => watch::run(state, slot, args(payload)?).await,
         proto::Sync::OP => files::blocking::<proto::Sync>(state, slot, args(payload)?, files::sync).await,
         proto::Shutdown::OP => {
             files::blocking::<proto::Shutdown>(state, slot, args(payload)?, files::shutdown).await

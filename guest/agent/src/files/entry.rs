@@ -20,7 +20,7 @@ pub(super) const PREFIX: &str = "user.e2b.";
 const MAX_ATTRIBUTES: usize = 64 << 10;
 
 /// What is at a path; links are not followed.
-pub(super) fn entry(path: impl AsRef<Path>, names: &Names) -> io::Result<EntryInfo> {
+pub(crate) fn entry(path: impl AsRef<Path>, names: &Names) -> io::Result<EntryInfo> {
     let path = path.as_ref();
     let text = path.to_string_lossy();
     let metadata = fs::symlink_metadata(path)?;

@@ -24,6 +24,7 @@ use crate::state::{Settings, State};
 use crate::users::{self, Names, User};
 
 pub(crate) use content::{read, write};
+pub(crate) use entry::entry as entry_info;
 pub(crate) use list::list;
 pub(crate) use remove::remove;
 
@@ -50,7 +51,7 @@ pub(crate) async fn blocking<R: Request + Send + 'static>(
 }
 
 /// The user and the absolute path of a request.
-fn locate(settings: &Settings, user: Option<&str>, path: &str) -> Result<(User, String)> {
+pub(crate) fn locate(settings: &Settings, user: Option<&str>, path: &str) -> Result<(User, String)> {
     let name = user.filter(|name| !name.is_empty()).unwrap_or(&settings.default_user);
     let user = users::user(&settings.etc, name)?;
     let path = paths::resolve(path, &user, settings.default_workdir.as_deref())?;
@@ -134,7 +135,7 @@ pub(crate) fn stat(settings: &Settings, conn: &mut BlockingConn, request: Stat) 
 }
 
 /// An entry that is not there, in the words of E2B's daemon.
-fn missing_file(path: &str, error: &io::Error) -> Failure {
+pub(crate) fn missing_file(path: &str, error: &io::Error) -> Failure {
     match error.kind() {
         io::ErrorKind::NotFound => failure(ErrorCode::NotFound, format!("path '{path}' does not exist")),
         _ => explain("error accessing path", path, error),
