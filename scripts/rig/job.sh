@@ -11,6 +11,7 @@ hostname -F /etc/hostname 2>/dev/null || cat /etc/hostname > /proc/sys/kernel/ho
 export PATH=/mnt/payload/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb LANG=C.UTF-8
 # On the payload's file system, so that stores can adopt the template by hard links.
 export TMPDIR=/mnt/payload/tmp AMBERBOX_GUEST=/mnt/payload/guest
+export AMBERBOX_BACKEND=kvm
 mkdir -p "$TMPDIR"
 cd /mnt/payload/project || exit 1
 while read -r name && read -r limit && read -r command; do
@@ -18,7 +19,7 @@ while read -r name && read -r limit && read -r command; do
   timeout --kill-after=10 "$limit" bash -c "$command" < /dev/null 2>&1
   code=$?
   # Whether a sandbox took the kernel with it is the first question.
-  [ "$code" = 0 ] || { echo "Kernel messages:"; dmesg | tail -n 15; }
+  [ "$code" = 0 ] || { echo "Kernel messages:"; dmesg --level=emerg,alert,crit,err,warn | tail -n 15; }
   echo "@@rig end $code $name"
 done < /mnt/host/plan
 sync

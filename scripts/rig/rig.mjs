@@ -32,7 +32,14 @@ const PLAN = [
     seconds: 60,
     command: 'uname -a; ls -l /dev/kvm; cat /sys/devices/system/clocksource/clocksource0/current_clocksource',
   },
-  { name: 'package and addon', seconds: 120, command: jest('contract', 'contract') },
+  {
+    name: 'portability',
+    seconds: 400,
+    command:
+      'AMBERBOX_PORTABLE_FROM=/mnt/payload/from-host AMBERBOX_PORTABLE_TO=$TMPDIR/to-host ' +
+      `${jest('portability', 'portability')} && cp -r $TMPDIR/to-host /mnt/host/to-host`,
+  },
+  { name: 'sandboxes', seconds: 600, command: jest('sandboxes', '--testPathIgnorePatterns portability') },
 ]
 
 /** Runs the portability tests on this host's software CPU. */
