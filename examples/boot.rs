@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example boot -- --kernel vmlinux --rootfs rootfs.ext4 \
-//!     [--init /bin/sh] [--params "quiet"] [--ram MiB] [--seconds N] [--symbols System.map] [--sample MS] \
+//!     [--init /bin/sh] [--params "quiet"] [--ram MiB] [--cpus N] [--seconds N] [--symbols System.map] [--sample MS] \
 //!     [--store DIR [--capture SECONDS,SECONDS]] [--backend soft|kvm]
 //! cargo run --release --example boot -- --store DIR --restore SNAPSHOT [--seconds N] ...
 //! ```
@@ -33,6 +33,7 @@ struct Options {
     init: String,
     params: String,
     ram: u64,
+    cpus: u8,
     limit: Duration,
     symbols: Option<PathBuf>,
     sample: Option<Duration>,
@@ -59,6 +60,7 @@ impl Options {
             init: take("init").unwrap_or_else(|| "/bin/sh".into()),
             params: take("params").unwrap_or_default(),
             ram: take("ram").map_or(Ok(512), |v| v.parse::<u64>())? << 20,
+            cpus: take("cpus").map_or(Ok(1), |v| v.parse())?,
             limit: Duration::from_secs(take("seconds").map_or(Ok(60), |v| v.parse())?),
             symbols: take("symbols").map(PathBuf::from),
             sample: take("sample").map(|v| v.parse().map(Duration::from_millis)).transpose()?,
@@ -171,7 +173,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => {
             let (kernel, rootfs) = (options.kernel, options.rootfs);
             let (init, parameters) = (options.init, options.params);
-            let config = BootConfig { ram: options.ram, kernel, init, parameters, rootfs, storage };
+            let config = BootConfig {
+                ram: options.ram,
+                cpus: options.cpus,
+                kernel,
+                init,
+                parameters,
+                rootfs,
+                storage,
+            };
             Machine::boot(config, options.backend)?
         }
     };
@@ -210,8 +220,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             *profile.entry(name).or_default() += 1;
         }
     }
-    let d = machine.diagnostics();
     let wall = started.elapsed();
+    let d = machine.diagnostics();
+    writeln!(err, "[stopped for a look within {:.1?}]", started.elapsed() - wall)?;
     if let Some(end) = machine.end() {
         writeln!(err, "\n[{end}]")?;
     } else {

@@ -11,7 +11,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::platform::{IOAPIC_BASE, IOAPIC_ID, IOAPIC_PINS, LAPIC_BASE, LOW_RAM_END, MemoryMap, layout};
+use super::platform::{IOAPIC_BASE, IOAPIC_PINS, LAPIC_BASE, LOW_RAM_END, MemoryMap, ioapic_id, layout};
 use super::ram::view::GuestMemory;
 
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
@@ -49,6 +49,7 @@ pub enum BootError {
 pub(super) fn load(
     mem: &GuestMemory,
     map: MemoryMap,
+    cpus: u8,
     kernel: &[u8],
     command_line: &str,
     seed: &[u8; 32],
@@ -63,7 +64,7 @@ pub(super) fn load(
     mem.write_obj(0u8, GuestAddress(layout::CMDLINE + command_line.len() as u64))?;
     write_seed(mem, seed)?;
     write_boot_params(mem, map, command_line.len())?;
-    mem.write_slice(&mp_table(), GuestAddress(layout::MP_TABLE))?;
+    mem.write_slice(&mp_table(cpus), GuestAddress(layout::MP_TABLE))?;
     write_page_tables(mem)?;
     for (i, descriptor) in GDT.iter().enumerate() {
         mem.write_slice(&descriptor.to_le_bytes(), GuestAddress(layout::GDT + i as u64 * 8))?;
@@ -183,21 +184,24 @@ fn entry_state(entry: u64) -> CpuState {
     }
 }
 
-/// The MP floating pointer and, behind it, the configuration table: one CPU, an ISA bus, one I/O APIC whose pins are
+/// The MP floating pointer and, behind it, the configuration table: the CPUs, an ISA bus, one I/O APIC whose pins are
 /// the ISA interrupts of the same number.
-fn mp_table() -> Vec<u8> {
+fn mp_table(cpus: u8) -> Vec<u8> {
     let mut entries: Vec<Vec<u8>> = Vec::new();
-    // Processor: APIC id 0, version 0x14, enabled and boot, family 6.
-    let mut cpu = vec![0, 0, 0x14, 3];
-    cpu.extend(0x0600u32.to_le_bytes());
-    cpu.extend(0x0201u32.to_le_bytes());
-    cpu.extend([0; 8]);
-    entries.push(cpu);
+    for id in 0..cpus {
+        // Processor: APIC id, version 0x14, enabled, the first is the boot processor; family 6.
+        let mut cpu = vec![0, id, 0x14, if id == 0 { 3 } else { 1 }];
+        cpu.extend(0x0600u32.to_le_bytes());
+        cpu.extend(0x0201u32.to_le_bytes());
+        cpu.extend([0; 8]);
+        entries.push(cpu);
+    }
+    let ioapic = ioapic_id(cpus);
     entries.push([&[1, 0][..], b"ISA   "].concat());
-    entries.push([&[2, IOAPIC_ID, 0x11, 1][..], &(IOAPIC_BASE as u32).to_le_bytes()].concat());
+    entries.push([&[2, ioapic, 0x11, 1][..], &(IOAPIC_BASE as u32).to_le_bytes()].concat());
     for pin in 0..IOAPIC_PINS as u8 {
         // Vectored interrupt, polarity and trigger as the bus has them.
-        entries.push(vec![3, 0, 0, 0, 0, pin, IOAPIC_ID, pin]);
+        entries.push(vec![3, 0, 0, 0, 0, pin, ioapic, pin]);
     }
     // ExtINT at LINT0, NMI at LINT1 of every local APIC.
     entries.push(vec![4, 3, 0, 0, 0, 0, 0, 0]);
@@ -240,6 +244,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::machine::platform::MAX_CPUS;
     use crate::machine::ram::Ram;
     use crate::machine::ram::view::view;
     use crate::machine::tests::kernel;
@@ -265,7 +270,7 @@ mod tests {
         let packed = zstd::encode_all(&*plain, 3).unwrap();
         for kernel in [plain, packed] {
             let (mem, map) = machine();
-            let state = load(&mem, map, &kernel, "quiet", &[7; 32]).unwrap();
+            let state = load(&mem, map, 1, &kernel, "quiet", &[7; 32]).unwrap();
             assert_eq!((state.rip, state.gpr[6]), (0x100_0000, layout::BOOT_PARAMS));
             assert_eq!(u64_at(&mem, 0x100_0008), 0x9090_9090_9090_9090);
             let params: boot_params = mem.read_obj(GuestAddress(layout::BOOT_PARAMS)).unwrap();
@@ -282,16 +287,16 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_refused() {
         let (mem, map) = machine();
-        assert!(matches!(load(&mem, map, b"not a kernel at all", "", &[0; 32]), Err(BootError::Elf(_))));
+        assert!(matches!(load(&mem, map, 1, b"not a kernel at all", "", &[0; 32]), Err(BootError::Elf(_))));
         let mut broken = zstd::encode_all(&*tiny_kernel(), 3).unwrap();
         broken.truncate(40);
-        assert!(matches!(load(&mem, map, &broken, "", &[0; 32]), Err(BootError::Decompress(_))));
+        assert!(matches!(load(&mem, map, 1, &broken, "", &[0; 32]), Err(BootError::Decompress(_))));
         let mut outside = tiny_kernel();
         outside[64 + 24..64 + 32].copy_from_slice(&(1u64 << 40).to_le_bytes());
-        assert!(matches!(load(&mem, map, &outside, "", &[0; 32]), Err(BootError::Elf(_))));
+        assert!(matches!(load(&mem, map, 1, &outside, "", &[0; 32]), Err(BootError::Elf(_))));
         let line = "x".repeat(layout::CMDLINE_SIZE as usize);
         assert!(matches!(
-            load(&mem, map, &tiny_kernel(), &line, &[0; 32]),
+            load(&mem, map, 1, &tiny_kernel(), &line, &[0; 32]),
             Err(BootError::CommandLine(2048))
         ));
     }
@@ -299,7 +304,7 @@ mod tests {
     #[test]
     fn the_page_tables_map_the_first_four_gib_to_themselves() {
         let (mem, map) = machine();
-        let state = load(&mem, map, &tiny_kernel(), "", &[0; 32]).unwrap();
+        let state = load(&mem, map, 1, &tiny_kernel(), "", &[0; 32]).unwrap();
         for address in [0, 0x100_0123, 0xfee0_0000, 0xffff_ffff_u64] {
             let pdpt = u64_at(&mem, state.cr3) & !0xfff;
             let directory = u64_at(&mem, pdpt + (address >> 30) * 8) & !0xfff;
@@ -310,7 +315,11 @@ mod tests {
 
     #[test]
     fn the_mp_table_adds_up() {
-        let table = mp_table();
+        [1, 2, MAX_CPUS].into_iter().for_each(check_mp_table);
+    }
+
+    fn check_mp_table(cpus: u8) {
+        let table = mp_table(cpus);
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         assert_eq!((sum(&table[..16]), sum(&table[16..])), (0, 0));
         let len = usize::from(u16::from_le_bytes([table[20], table[21]]));
@@ -322,7 +331,7 @@ mod tests {
             at += if table[at] == 0 { 20 } else { 8 };
             count += 1;
         }
-        assert_eq!((at, count), (table.len(), 1 + 1 + 1 + 24 + 2));
+        assert_eq!((at, count), (table.len(), u16::from(cpus) + 1 + 1 + 24 + 2));
         assert_eq!(u16::from_le_bytes([table[16 + 34], table[16 + 35]]), count);
     }
 }

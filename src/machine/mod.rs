@@ -47,7 +47,7 @@ use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
 use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Room, refuse};
-use self::vcpu::{Backend, BackendKind, Counters, HostChips, Vm};
+use self::vcpu::{Backend, BackendError, BackendKind, Counters, HostChips, Shape, Vm};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
 use crate::devices::vsock::VsockConnector;
@@ -63,6 +63,12 @@ pub enum MachineError {
     RamSize {
         /// What was asked for.
         bytes: u64,
+    },
+    /// Not a number of CPUs that a machine can have.
+    #[error("{cpus} is not a valid number of CPUs; use 1 to {}", platform::MAX_CPUS)]
+    CpuCount {
+        /// What was asked for.
+        cpus: u8,
     },
     /// No RAM.
     #[error(transparent)]
@@ -84,7 +90,7 @@ pub enum MachineError {
         /// Which backend.
         backend: BackendKind,
         /// Why not.
-        reason: String,
+        reason: BackendError,
     },
     /// No thread.
     #[error("Cannot start a thread for the virtual CPU")]
@@ -113,6 +119,8 @@ pub enum MachineError {
 pub struct BootConfig {
     /// Bytes of RAM.
     pub ram: u64,
+    /// Number of CPUs.
+    pub cpus: u8,
     /// A vmlinux, plain or zstd.
     pub kernel: PathBuf,
     /// The first program.
@@ -165,6 +173,7 @@ struct Handle {
     lineage: Mutex<Option<Lineage>>,
     backend: BackendKind,
     ram: u64,
+    cpus: u8,
 }
 
 impl Drop for Handle {
@@ -202,6 +211,9 @@ impl Machine {
     /// Everything that can be wrong with the configuration or the host.
     pub fn boot(config: BootConfig, backend: &dyn Backend) -> Result<Machine, MachineError> {
         let map = MemoryMap::new(config.ram).ok_or(MachineError::RamSize { bytes: config.ram })?;
+        if !(1..=platform::MAX_CPUS).contains(&config.cpus) {
+            return Err(MachineError::CpuCount { cpus: config.cpus });
+        }
         let kernel = std::fs::read(&config.kernel)
             .map_err(|source| MachineError::Kernel { path: config.kernel.clone(), source })?;
         let ram = Arc::new(Ram::new(map)?);
@@ -210,12 +222,13 @@ impl Machine {
         rustix::rand::getrandom(&mut seed[..], rustix::rand::GetRandomFlags::empty())
             .map_err(|e| MachineError::Random(e.into()))?;
         let command_line = platform::command_line(&config.init, &config.parameters);
-        let state = boot::load(&memory, map, &kernel, &command_line, &seed)?;
-        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
-        let Vm { mut vcpus, chips } = backend.create_vm(&ram).map_err(cpu_error)?;
-        let mut vcpu = vcpus.pop().ok_or_else(|| cpu_error("It has none".into()))?;
-        vcpu.set_state(&state).map_err(cpu_error)?;
-        let (irqchip, clock) = host(Irqchip::new(), Clock::new(map), chips).map_err(cpu_error)?;
+        let state = boot::load(&memory, map, config.cpus, &kernel, &command_line, &seed)?;
+        let refused = |reason| MachineError::Cpu { backend: backend.kind(), reason };
+        let failed = |reason| refused(BackendError::Host(reason));
+        let shape = Shape { cpus: config.cpus };
+        let Vm { first: mut vcpu, others, chips } = backend.create_vm(&ram, shape).map_err(refused)?;
+        vcpu.set_state(&state).map_err(failed)?;
+        let (irqchip, clock) = host(Irqchip::new(config.cpus), Clock::new(map), chips).map_err(failed)?;
         let console = ConsoleLog::new();
         let unreadable = |source| MachineError::Rootfs { path: config.rootfs.clone(), source };
         let base = Arc::new(RawImage::open(&config.rootfs).map_err(unreadable)?);
@@ -227,7 +240,8 @@ impl Machine {
         let disk = config.storage.overlay(base)?;
         let parent = DiskParent::file(&config.rootfs).map_err(unreadable)?;
         let devices = Devices::new(Parts { memory, irqchip: &irqchip, disk, console: console.clone() });
-        let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
+        let guts =
+            Guts { ram, vcpu, others, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
         let lineage = Lineage { memory: None, disk: parent, storage: config.storage };
         Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
@@ -250,18 +264,27 @@ impl Machine {
             ram.write(page.address, &page.bytes).map_err(refuse::clock)?;
         }
         let irqchip = Irqchip::restore(&state.irqchip, state.clock.guest_ns).map_err(refuse::irqchip)?;
-        let cpu_error = |reason| MachineError::Cpu { backend: backend.kind(), reason };
-        let Vm { mut vcpus, chips } = backend.create_vm(&ram).map_err(cpu_error)?;
-        let mut vcpu = vcpus.pop().ok_or_else(|| cpu_error("It has none".into()))?;
+        let failed =
+            |reason| MachineError::Cpu { backend: backend.kind(), reason: BackendError::Host(reason) };
+        let shape = Shape { cpus: state.cpus() };
+        let vm = backend.create_vm(&ram, shape).map_err(|reason| match reason {
+            BackendError::Host(reason) => failed(reason),
+            // Not this host's fault: the snapshot asks for another kind of CPU.
+            reason => SnapshotError::Backend(reason).into(),
+        })?;
+        let Vm { first: mut vcpu, mut others, chips } = vm;
         vcpu.set_state(&state.cpu).map_err(refuse::cpu)?;
+        for (vcpu, state) in others.iter_mut().zip(&state.others) {
+            vcpu.set_other_state(state).map_err(refuse::cpu)?;
+        }
         // A backend with controllers of its own waits for interrupts itself.
         let halted = state.cpu.halted && chips.is_none();
-        let (irqchip, clock) = host(irqchip, clock, chips).map_err(cpu_error)?;
+        let (irqchip, clock) = host(irqchip, clock, chips).map_err(failed)?;
         let console = ConsoleLog::new();
         let disk = config.storage.overlay(Arc::new(DiskBase(Arc::clone(snapshot.disk()))))?;
         let parts = Parts { memory, irqchip: &irqchip, disk, console: console.clone() };
         let devices = Devices::restore(parts, &state.devices).map_err(refuse::device)?;
-        let guts = Guts { ram, vcpu, devices: Arc::new(devices), halted, unknown_msrs: Vec::new() };
+        let guts = Guts { ram, vcpu, others, devices: Arc::new(devices), halted, unknown_msrs: Vec::new() };
         let lineage = Lineage {
             memory: Some(Arc::clone(snapshot.memory())),
             disk: DiskParent::Image(Arc::clone(snapshot.disk())),
@@ -304,16 +327,23 @@ impl Machine {
     ) -> Result<Machine, MachineError> {
         let connector = guts.devices.connector();
         let ram = guts.ram.map().bytes();
+        // At most MAX_CPUS.
+        let cpus = 1 + guts.others.len() as u8;
         let (core, thread) =
             Core::spawn(guts, irqchip, Arc::new(clock), console).map_err(MachineError::Thread)?;
         let thread = Mutex::new(Some(thread));
         let lineage = Mutex::new(Some(lineage));
-        Ok(Machine(Arc::new(Handle { core, thread, connector, lineage, backend, ram })))
+        Ok(Machine(Arc::new(Handle { core, thread, connector, lineage, backend, ram, cpus })))
     }
 
     /// Which kind of CPU it has.
     pub fn backend(&self) -> BackendKind {
         self.0.backend
+    }
+
+    /// Number of CPUs.
+    pub fn cpus(&self) -> u8 {
+        self.0.cpus
     }
 
     /// Bytes of RAM.

@@ -27,8 +27,13 @@ pub const LAPIC_BASE: u64 = 0xfee0_0000;
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Inputs of the I/O APIC.
 pub const IOAPIC_PINS: usize = 24;
+/// The most CPUs: ids of local APICs and of the I/O APIC, which comes behind them, have four bits.
+pub const MAX_CPUS: u8 = 15;
+
 /// The I/O APIC's id: behind that of the last CPU.
-pub const IOAPIC_ID: u8 = 1;
+pub const fn ioapic_id(cpus: u8) -> u8 {
+    cpus
+}
 /// First virtio-mmio window; slot i is at `VIRTIO_BASE + i * VIRTIO_STRIDE`.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Distance of two windows.

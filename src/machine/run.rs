@@ -1,4 +1,4 @@
-//! The CPU's thread, and how others stop it, look at it and end it.
+//! The CPUs' threads, and how others stop them, look at them and end them.
 //!
 //! ```text
 //!            hold / pause                      release / resume
@@ -10,6 +10,9 @@
 //! The thread owns the [`Guts`] while it runs and leaves them in their lock while it is parked, so whoever parked it
 //! can look at the CPU and at memory in peace. In HLT the thread sleeps until a device or the next timer wants it: an
 //! idle guest costs nothing. A panic while guest code runs ends this machine and nothing else.
+//!
+//! A machine of several CPUs is the first one's thread as far as others are concerned: it starts threads for the rest
+//! when it runs, and has waited for them when it parks.
 //!
 //! **Lock order:** `control` before `guts` before the devices' locks before the interrupt controllers'.
 
@@ -33,12 +36,75 @@ use crate::devices::serial::ConsoleLog;
 /// What a machine is made of; gone when it has ended.
 pub(super) struct Guts {
     pub(super) ram: Arc<Ram>,
+    /// The boot processor.
     pub(super) vcpu: Box<dyn Vcpu>,
+    /// The other CPUs.
+    pub(super) others: Vec<Box<dyn Vcpu>>,
     pub(super) devices: Arc<Devices>,
     /// The CPU is in HLT.
     pub(super) halted: bool,
     /// MSRs that the guest asked for in vain.
     pub(super) unknown_msrs: Vec<(u32, Option<u64>)>,
+}
+
+impl Guts {
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        if self.others.is_empty() {
+            return self.vcpu.kicker();
+        }
+        let others = self.others.iter().map(|vcpu| vcpu.kicker());
+        Arc::new(All(std::iter::once(self.vcpu.kicker()).chain(others).collect()))
+    }
+
+    /// What all CPUs have done.
+    fn counters(&self) -> Counters {
+        self.others.iter().fold(self.vcpu.counters(), |sum, vcpu| sum.plus(&vcpu.counters()))
+    }
+}
+
+/// All CPUs of a machine.
+struct All(Vec<Arc<dyn Kicker>>);
+
+impl Kicker for All {
+    fn kick(&self) {
+        self.0.iter().for_each(|kicker| kicker.kick());
+    }
+    fn interrupt(&self) {
+        self.0.iter().for_each(|kicker| kicker.interrupt());
+    }
+    fn code_written(&self) {
+        self.0.iter().for_each(|kicker| kicker.code_written());
+    }
+}
+
+type End = (EndKind, String);
+
+/// The end that one CPU has come to, which is that of all.
+struct Finish<'a> {
+    end: OnceLock<End>,
+    kicker: &'a dyn Kicker,
+}
+
+impl Finish<'_> {
+    fn set(&self, end: End) {
+        // The first one counts.
+        let _ = self.end.set(end);
+        self.kicker.kick();
+    }
+
+    /// Runs a CPU. A panic is the end of the machine.
+    fn guard(&self, run: impl FnOnce() -> Option<End>) {
+        if let Some(end) = catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Some(words_of(&*panic)))
+        {
+            self.set(end);
+        }
+    }
+}
+
+fn words_of(panic: &(dyn std::any::Any + Send)) -> End {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    (EndKind::Failed, text.unwrap_or_else(|| "Panic without a message".into()))
 }
 
 #[derive(Debug, Default)]
@@ -118,7 +184,7 @@ impl Core {
         clock: Arc<Clock>,
         console: ConsoleLog,
     ) -> std::io::Result<(Arc<Core>, JoinHandle<()>)> {
-        let kicker = guts.vcpu.kicker();
+        let kicker = guts.kicker();
         let ram = Arc::clone(&guts.ram);
         let disk = guts.devices.disk().clone();
         let control = Control { paused: true, parked: true, devices_paused: true, ..Control::default() };
@@ -212,9 +278,11 @@ impl Core {
     pub(super) fn set_paused(&self, paused: bool) -> bool {
         let mut control = self.control();
         control.paused = paused;
+        // Not as of afterwards: it may well come to its end at once.
+        let alive = !control.ended;
         self.update(control);
         if !paused {
-            return !self.control().ended;
+            return alive;
         }
         let (control, alive) = self.park(self.control());
         // Somebody may have resumed it meanwhile.
@@ -242,16 +310,12 @@ impl Core {
     }
 
     fn main(&self) {
-        let end = catch_unwind(AssertUnwindSafe(|| self.serve())).unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            (EndKind::Failed, text.unwrap_or_else(|| "Panic without a message".into()))
-        });
+        let end = catch_unwind(AssertUnwindSafe(|| self.serve())).unwrap_or_else(|panic| words_of(&*panic));
         // Freeing the parts gives back memory, the disk's storage and the snapshot, whoever still holds a handle.
         let guts = lock(&self.guts).take();
         if let Some(guts) = &guts {
             guts.devices.shutdown();
-            *lock(&self.counters) = guts.vcpu.counters();
+            *lock(&self.counters) = guts.counters();
         }
         drop(guts);
         let mut control = self.control();
@@ -263,7 +327,7 @@ impl Core {
     }
 
     /// Runs the CPU whenever it may; returns how the machine ended.
-    fn serve(&self) -> (EndKind, String) {
+    fn serve(&self) -> End {
         loop {
             let mut control = self.control();
             loop {
@@ -285,33 +349,58 @@ impl Core {
                 return (EndKind::Failed, "The machine's parts are gone".into());
             };
             let end = self.run(guts);
-            *lock(&self.counters) = guts.vcpu.counters();
+            *lock(&self.counters) = guts.counters();
             if let Some(end) = end {
                 return end;
             }
         }
     }
 
-    /// Runs until `request` is set or the machine ends.
-    fn run(&self, guts: &mut Guts) -> Option<(EndKind, String)> {
-        let mut bus = MachineBus {
+    /// Runs all CPUs until `request` is set or the machine ends.
+    fn run(&self, guts: &mut Guts) -> Option<End> {
+        let bus = || MachineBus {
             ram: Arc::clone(&guts.ram),
             irqchip: Arc::clone(&self.irqchip),
             clock: Arc::clone(&self.clock),
             devices: Arc::clone(&guts.devices),
             kicker: Arc::clone(&self.kicker),
             reset: Arc::clone(&self.reset),
-            unknown_msrs: std::mem::take(&mut guts.unknown_msrs),
+            unknown_msrs: Vec::new(),
         };
-        let mut end = None;
-        while end.is_none() && !self.request.load(Ordering::Acquire) {
-            if guts.halted && !self.sleep() {
+        let finish = Finish { end: OnceLock::new(), kicker: &*self.kicker };
+        let mut buses: Vec<MachineBus> = guts.others.iter().map(|_| bus()).collect();
+        let mut first = MachineBus { unknown_msrs: guts.unknown_msrs.clone(), ..bus() };
+        thread::scope(|scope| {
+            for ((number, vcpu), bus) in (1..).zip(&mut guts.others).zip(&mut buses) {
+                let thread = thread::Builder::new().name(format!("amberbox-cpu{number}"));
+                let run = || finish.guard(|| self.run_cpu(&mut **vcpu, bus, &mut false, &finish));
+                if let Err(error) = thread.spawn_scoped(scope, run) {
+                    finish.set((EndKind::Failed, format!("Cannot start a thread for CPU {number}: {error}")));
+                    break;
+                }
+            }
+            finish.guard(|| self.run_cpu(&mut *guts.vcpu, &mut first, &mut guts.halted, &finish));
+        });
+        guts.unknown_msrs = first.unknown_msrs;
+        finish.end.into_inner()
+    }
+
+    /// Runs one CPU until `request` is set or the machine ends.
+    fn run_cpu(
+        &self,
+        vcpu: &mut dyn Vcpu,
+        bus: &mut MachineBus,
+        halted: &mut bool,
+        finish: &Finish<'_>,
+    ) -> Option<End> {
+        while finish.end.get().is_none() && !self.request.load(Ordering::Acquire) {
+            if *halted && !self.sleep() {
                 break;
             }
-            guts.halted = false;
-            end = match guts.vcpu.run(&mut bus) {
+            *halted = false;
+            let end = match vcpu.run(bus) {
                 VcpuExit::Halt => {
-                    guts.halted = true;
+                    *halted = true;
                     None
                 }
                 VcpuExit::Kicked => None,
@@ -319,15 +408,17 @@ impl Core {
                 VcpuExit::Shutdown(story) => Some((EndKind::Reset, story)),
                 VcpuExit::Failed(reason) => Some((EndKind::Failed, reason)),
             };
-            if self.reset.load(Ordering::Acquire) {
-                end = Some((EndKind::Reset, "The guest reset itself".into()));
-            }
             if let Some(reason) = self.failure.get() {
-                end = Some((EndKind::Failed, reason.clone()));
+                return Some((EndKind::Failed, reason.clone()));
+            }
+            if self.reset.load(Ordering::Acquire) {
+                return Some((EndKind::Reset, "The guest reset itself".into()));
+            }
+            if end.is_some() {
+                return end;
             }
         }
-        guts.unknown_msrs = bus.unknown_msrs;
-        end
+        None
     }
 
     /// Sleeps in HLT until an interrupt is pending; false if somebody wants the thread first.

@@ -32,6 +32,7 @@ use super::irq::IrqchipState;
 use super::platform;
 use super::ram::{PageSource, Ram};
 use super::run::Guts;
+use super::vcpu::{BackendError, OtherCpu};
 use crate::devices::disk::{BLOCK_SIZE, Base, FrozenDisk, Overlay, Storage};
 
 const _: () = assert!(BLOCK_SIZE == PAGE_SIZE && PAGE_SIZE as u64 == platform::PAGE_SIZE);
@@ -47,7 +48,9 @@ const BLOCK: Kind = Kind(SectionId(0x104), 1, "block device");
 const VSOCK: Kind = Kind(SectionId(0x105), 1, "vsock device");
 const ENTROPY: Kind = Kind(SectionId(0x106), 1, "entropy device");
 const SERIAL: Kind = Kind(SectionId(0x107), 1, "serial device");
-const KNOWN: [&Kind; 8] = [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL];
+/// Only where there are several CPUs.
+const OTHER_CPUS: Kind = Kind(SectionId(0x108), 1, "other CPUs");
+const KNOWN: [&Kind; 9] = [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL, &OTHER_CPUS];
 
 /// A snapshot cannot be restored, or one cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +87,9 @@ pub enum SnapshotError {
         /// Why not.
         source: io::Error,
     },
+    /// The backend has no CPUs such as the snapshot's.
+    #[error("The snapshot cannot be restored here: {0}")]
+    Backend(BackendError),
     /// The host does not tell the state of the machine.
     #[error("The host does not tell the state of the virtual machine: {0}")]
     Host(String),
@@ -104,6 +110,8 @@ struct PlatformState {
 pub(super) struct MachineState {
     pub(super) ram: u64,
     pub(super) cpu: CpuState,
+    /// CPUs beyond the first.
+    pub(super) others: Vec<OtherCpu>,
     pub(super) irqchip: IrqchipState,
     pub(super) clock: ClockState,
     pub(super) devices: DevicesState,
@@ -113,7 +121,7 @@ impl MachineState {
     /// The sections to store.
     fn sections(&self) -> Result<Vec<(&'static Kind, Vec<u8>)>, SnapshotError> {
         let platform = PlatformState { version: platform::VERSION, ram: self.ram };
-        Ok(vec![
+        let mut sections = vec![
             encode(&PLATFORM, &platform)?,
             encode(&CPU, &self.cpu)?,
             encode(&IRQCHIP, &self.irqchip)?,
@@ -122,7 +130,17 @@ impl MachineState {
             encode(&VSOCK, &self.devices.vsock)?,
             encode(&ENTROPY, &self.devices.entropy)?,
             encode(&SERIAL, &self.devices.serial)?,
-        ])
+        ];
+        if !self.others.is_empty() {
+            sections.push(encode(&OTHER_CPUS, &self.others)?);
+        }
+        Ok(sections)
+    }
+
+    /// Number of CPUs.
+    pub(super) fn cpus(&self) -> u8 {
+        // At most MAX_CPUS, which was checked.
+        1 + self.others.len() as u8
     }
 
     /// Reads the sections of a snapshot. What they say has still to be checked by those whom it concerns.
@@ -136,9 +154,17 @@ impl MachineState {
         if Some(platform.ram) != snapshot.memory().pages().checked_mul(platform::PAGE_SIZE) {
             return Err(invalid(&PLATFORM, "its RAM is not that of the memory image"));
         }
+        let others: Vec<OtherCpu> = match snapshot.section(OTHER_CPUS.0) {
+            Some(_) => decode(snapshot, &OTHER_CPUS)?,
+            None => Vec::new(),
+        };
+        if others.len() >= usize::from(platform::MAX_CPUS) {
+            return Err(invalid(&OTHER_CPUS, "there are too many"));
+        }
         Ok(MachineState {
             ram: platform.ram,
             cpu: decode(snapshot, &CPU)?,
+            others,
             irqchip: decode(snapshot, &IRQCHIP)?,
             clock: decode(snapshot, &CLOCK)?,
             devices: DevicesState {
@@ -406,8 +432,10 @@ impl Capture {
         let disk = storage.freeze(guts.devices.disk())?;
         let mut cpu = guts.vcpu.state().map_err(SnapshotError::Host)?;
         cpu.halted |= guts.halted;
+        let others = guts.others.iter().map(|vcpu| vcpu.other_state()).collect::<Result<_, _>>();
+        let others = others.map_err(SnapshotError::Host)?;
         let devices = guts.devices.state();
-        let state = MachineState { ram: guts.ram.map().bytes(), cpu, irqchip, clock, devices };
+        let state = MachineState { ram: guts.ram.map().bytes(), cpu, others, irqchip, clock, devices };
         guts.vcpu.collect_dirty().map_err(SnapshotError::Host)?;
         let dirty = guts.ram.take_dirty();
         guts.vcpu.forget_dirty();

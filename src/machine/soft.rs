@@ -6,7 +6,7 @@ use amber_x86::state::CpuState;
 use amber_x86::{Bus, Cpu, Exit, Kick};
 
 use super::ram::Ram;
-use super::vcpu::{Backend, BackendKind, Counters, Kicker, Vcpu, VcpuExit, Vm};
+use super::vcpu::{Backend, BackendError, BackendKind, Counters, Kicker, Shape, Vcpu, VcpuExit, Vm};
 
 /// RFLAGS: interrupts enabled.
 const IF: u64 = 1 << 9;
@@ -20,7 +20,10 @@ impl Backend for Soft {
         BackendKind::Soft
     }
 
-    fn create_vm(&self, ram: &Arc<Ram>) -> Result<Vm, String> {
+    fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError> {
+        if shape.cpus != 1 {
+            return Err(BackendError::Cpus(shape.cpus));
+        }
         // Vector operations run the host's own instructions (see amber_x86): without them they would be SIGILL, in Node's process.
         let host = [
             ("SSSE3", std::arch::is_x86_feature_detected!("ssse3")),
@@ -28,12 +31,12 @@ impl Backend for Soft {
             ("POPCNT", std::arch::is_x86_feature_detected!("popcnt")),
         ];
         if let Some((missing, _)) = host.iter().find(|(_, there)| !there) {
-            return Err(format!(
+            return Err(BackendError::Host(format!(
                 "The host CPU has no {missing}; the software CPU needs an x86-64-v2 host, made since about 2009"
-            ));
+            )));
         }
         let ram: Arc<Ram> = Arc::clone(ram);
-        Ok(Vm { vcpus: vec![Box::new(SoftVcpu { cpu: Cpu::new(ram) })], chips: None })
+        Ok(Vm { first: Box::new(SoftVcpu { cpu: Cpu::new(ram) }), others: Vec::new(), chips: None })
     }
 }
 

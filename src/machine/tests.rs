@@ -83,6 +83,7 @@ impl Rig {
         std::fs::write(path("kernel"), kernel(code)).unwrap();
         BootConfig {
             ram: 64 << 20,
+            cpus: 1,
             kernel: path("kernel"),
             init: "/init".into(),
             parameters: String::new(),

@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use amber_x86::Bus;
 use amber_x86::state::CpuState;
+use serde::{Deserialize, Serialize};
 
 use super::irq::IrqchipState;
+use super::irq::lapic::LapicState;
 use super::ram::Ram;
 
 /// Why a CPU came back.
@@ -52,6 +54,20 @@ pub trait Vcpu: Send {
     /// # Errors
     /// No CPU can have this state.
     fn set_state(&mut self, state: &CpuState) -> Result<(), String>;
+    /// What a machine of several CPUs saves of each but the first, whose controllers are [`HostChips`]'.
+    ///
+    /// # Errors
+    /// The host cannot tell, or the backend has one CPU only.
+    fn other_state(&self) -> Result<OtherCpu, String> {
+        Err("This backend has one CPU only".into())
+    }
+    /// Loads it.
+    ///
+    /// # Errors
+    /// The host refuses it.
+    fn set_other_state(&mut self, _state: &OtherCpu) -> Result<(), String> {
+        Err("This backend has one CPU only".into())
+    }
     /// A handle to reach it while it runs.
     fn kicker(&self) -> Arc<dyn Kicker>;
     /// Marks the pages dirty that any CPU of the machine has written since this was last called, where that is not done
@@ -82,6 +98,27 @@ pub struct Counters {
     pub unimplemented: Vec<(String, u64)>,
     /// Anything else, named.
     pub other: Vec<(&'static str, u64)>,
+}
+
+impl Counters {
+    /// What two CPUs have done together.
+    #[must_use]
+    pub fn plus(mut self, other: &Counters) -> Counters {
+        fn merge<K: PartialEq + Clone>(sum: &mut Vec<(K, u64)>, more: &[(K, u64)]) {
+            for (name, count) in more {
+                match sum.iter_mut().find(|(known, _)| known == name) {
+                    Some((_, total)) => *total += count,
+                    None => sum.push((name.clone(), *count)),
+                }
+            }
+        }
+        self.instructions += other.instructions;
+        self.interrupts += other.interrupts;
+        merge(&mut self.exceptions, &other.exceptions);
+        merge(&mut self.unimplemented, &other.unimplemented);
+        merge(&mut self.other, &other.other);
+        self
+    }
 }
 
 /// Which kind of CPU.
@@ -164,12 +201,65 @@ pub struct Counter {
     pub system_time: u64,
 }
 
+/// How far a CPU has come that the guest starts itself (Intel SDM vol. 3, 9.4.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// It runs, or halts.
+    Started,
+    /// As after reset: it waits for INIT.
+    Reset,
+    /// It waits for SIPI.
+    Init,
+    /// It is about to start at this page.
+    Sipi(u8),
+}
+
+/// A CPU beyond the first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OtherCpu {
+    /// Its architectural state.
+    pub cpu: CpuState,
+    /// Its local APIC.
+    pub lapic: LapicState,
+    /// Its kvm-clock system-time MSR.
+    pub system_time: u64,
+    /// How far it has come.
+    pub start: Start,
+}
+
 /// The CPUs of a machine, and what else its backend brings.
 pub struct Vm {
-    /// As after reset; the first is the boot processor.
-    pub vcpus: Vec<Box<dyn Vcpu>>,
+    /// The boot processor, as after reset.
+    pub first: Box<dyn Vcpu>,
+    /// The other CPUs, as after reset.
+    pub others: Vec<Box<dyn Vcpu>>,
     /// Interrupt controllers and clock, if they are the backend's.
     pub chips: Option<Arc<dyn HostChips>>,
+}
+
+/// What a machine's CPUs are to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// How many, at least one.
+    pub cpus: u8,
+}
+
+/// A backend has no machine for us.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// It has fewer CPUs.
+    #[error("The software CPU runs one CPU per sandbox, not {0}: more need a host with KVM")]
+    Cpus(u8),
+    /// The host refuses.
+    #[error("{0}")]
+    Host(String),
+}
+
+impl From<String> for BackendError {
+    fn from(reason: String) -> BackendError {
+        BackendError::Host(reason)
+    }
 }
 
 /// Makes virtual machines.
@@ -180,5 +270,5 @@ pub trait Backend: Send + Sync {
     ///
     /// # Errors
     /// Why there is none.
-    fn create_vm(&self, ram: &Arc<Ram>) -> Result<Vm, String>;
+    fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError>;
 }

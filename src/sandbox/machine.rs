@@ -13,6 +13,7 @@ use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
 use crate::machine::probe::{self, Choice};
+use crate::machine::vcpu::BackendError;
 use crate::machine::{
     BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError,
 };
@@ -26,11 +27,15 @@ impl From<MachineError> for Error {
             MachineError::Ended(end) => Self::from(&ended(end)),
             MachineError::Snapshot(SnapshotError::Format(error)) => StoreError::from(error).into(),
             MachineError::Snapshot(SnapshotError::Store(error)) => error.into(),
-            MachineError::Snapshot(error @ SnapshotError::NewerPlatform { .. }) => {
-                Self::SnapshotVersion(with_causes(&error))
-            }
+            MachineError::Snapshot(
+                error @ (SnapshotError::NewerPlatform { .. } | SnapshotError::Backend(_)),
+            ) => Self::SnapshotVersion(with_causes(&error)),
             MachineError::Snapshot(error @ SnapshotError::Disk { .. }) => Self::Store(with_causes(&error)),
             MachineError::Snapshot(error) => Self::SnapshotCorrupt(with_causes(&error)),
+            error @ (MachineError::CpuCount { .. }
+            | MachineError::Cpu { reason: BackendError::Cpus(_), .. }) => {
+                Self::InvalidArgument(with_causes(&error))
+            }
             other => Self::Machine(with_causes(&other)),
         }
     }
@@ -75,7 +80,7 @@ impl Vm for MachineVm {
 
     fn facts(&self) -> Facts {
         Facts {
-            cpu_count: 1,
+            cpu_count: self.machine.cpus().into(),
             memory_mb: u32::try_from(self.machine.ram_bytes() >> 20).unwrap_or(u32::MAX),
             backend: self.machine.backend().name(),
             backend_reason: self.backend_reason.clone(),
@@ -102,6 +107,7 @@ pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm
 pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<dyn Vm>, Error> {
     let config = BootConfig {
         ram: u64::from(memory_mb) << 20,
+        cpus: 1,
         kernel: kernel.to_owned(),
         init: INIT.to_owned(),
         parameters: String::new(),

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::lapic::{Delivery, Lapic};
-use crate::machine::platform::{IOAPIC_BASE, IOAPIC_ID, IOAPIC_PINS};
+use crate::machine::platform::{IOAPIC_BASE, IOAPIC_PINS, ioapic_id};
 
 const VERSION: u32 = 0x11 | (IOAPIC_PINS as u32 - 1) << 16;
 /// Redirection entry bits.
@@ -53,14 +53,14 @@ pub struct Ioapic {
 
 impl Default for Ioapic {
     fn default() -> Self {
-        Self::new()
+        Self::new(1)
     }
 }
 
 impl Ioapic {
-    /// As after reset: everything masked.
-    pub fn new() -> Ioapic {
-        Ioapic { select: 0, id: u32::from(IOAPIC_ID), lines: 0, entries: [MASKED; IOAPIC_PINS] }
+    /// As after reset, in a machine with so many CPUs: everything masked.
+    pub fn new(cpus: u8) -> Ioapic {
+        Ioapic { select: 0, id: u32::from(ioapic_id(cpus)), lines: 0, entries: [MASKED; IOAPIC_PINS] }
     }
 
     /// Reads the register at `offset` of the window.
@@ -191,7 +191,7 @@ mod tests {
     fn parts() -> (Ioapic, Lapic) {
         let mut lapic = Lapic::new();
         lapic.write(0xf0, 0x1ff, 0);
-        (Ioapic::new(), lapic)
+        (Ioapic::new(1), lapic)
     }
 
     fn program(ioapic: &mut Ioapic, lapic: &mut Lapic, pin: u32, entry: u64) {
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn hostile_state_is_refused() {
-        let good = Ioapic::new().state();
+        let good = Ioapic::new(1).state();
         assert!(Ioapic::restore(&good).is_ok());
         let bad = |change: fn(&mut IoapicState)| {
             let mut state = good.clone();

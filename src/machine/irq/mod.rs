@@ -81,9 +81,9 @@ impl std::fmt::Debug for Irqchip {
 }
 
 impl Irqchip {
-    /// Everything as after reset.
-    pub fn new() -> Irqchip {
-        let chips = Chips { lapic: Lapic::new(), ioapic: Ioapic::new(), pit: Pit::new() };
+    /// Everything as after reset, in a machine with so many CPUs.
+    pub fn new(cpus: u8) -> Irqchip {
+        let chips = Chips { lapic: Lapic::new(), ioapic: Ioapic::new(cpus), pit: Pit::new() };
         Irqchip { chips: Mutex::new(chips), deadline: AtomicU64::new(NEVER), ..Irqchip::default() }
     }
 
@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_line_reaches_the_cpu_once_per_rise() {
-        let chip = Arc::new(Irqchip::new());
+        let chip = Arc::new(Irqchip::new(1));
         let told = Arc::new(AtomicU32::new(0));
         let count = Arc::clone(&told);
         chip.set_notifier(Box::new(move || {
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn the_earliest_timer_is_the_deadline() {
-        let chip = Irqchip::new();
+        let chip = Irqchip::new(1);
         chip.write_lapic(0xf0, 0x1ff, 0);
         chip.write_lapic(0x3e0, 11, 0);
         chip.write_lapic(0x320, 0xec, 0);
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_timer_that_is_due_when_saved_is_not_lost() {
-        let chip = Irqchip::new();
+        let chip = Irqchip::new(1);
         chip.write_lapic(0xf0, 0x1ff, 0);
         chip.write_lapic(0x320, 0xec, 0);
         chip.write_lapic(0x380, 1000, 0);
@@ -352,7 +352,7 @@ mod tests {
 
     #[test]
     fn a_saved_pending_interrupt_is_pending_again() {
-        let chip = Arc::new(Irqchip::new());
+        let chip = Arc::new(Irqchip::new(1));
         chip.write_lapic(0xf0, 0x1ff, 0);
         unmask(&chip, 7, 0x37);
         Line::new(&chip, 7).set(true);

@@ -18,7 +18,7 @@ mod vm;
 use std::sync::Arc;
 
 use super::ram::Ram;
-use super::vcpu::{Backend, BackendKind, HostChips, Vcpu, Vm};
+use super::vcpu::{Backend, BackendError, BackendKind, HostChips, Shape, Vcpu, Vm};
 
 pub(super) use self::cpuid::check as check_host;
 pub(super) use self::state::from_segments;
@@ -32,11 +32,12 @@ impl Backend for Kvm {
         BackendKind::Kvm
     }
 
-    fn create_vm(&self, ram: &Arc<Ram>) -> Result<Vm, String> {
+    fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError> {
         present::bring_in(ram)?;
-        let vm = Arc::new(vm::KvmVm::new(ram, 1)?);
+        let vm = Arc::new(vm::KvmVm::new(ram, shape.cpus)?);
         let vcpu = |index| Box::new(vcpu::KvmVcpu::new(&vm, index)) as Box<dyn Vcpu>;
-        Ok(Vm { vcpus: (0..1).map(vcpu).collect(), chips: Some(vm as Arc<dyn HostChips>) })
+        let others = (1..usize::from(shape.cpus)).map(vcpu).collect();
+        Ok(Vm { first: vcpu(0), others, chips: Some(Arc::clone(&vm) as Arc<dyn HostChips>) })
     }
 }
 

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use amber_x86::Bus;
 use amber_x86::state::CpuState;
-use kvm_bindings::{KVM_EXIT_IO_OUT, kvm_msr_entry};
+use kvm_bindings::{
+    KVM_EXIT_IO_OUT, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, kvm_mp_state, kvm_msr_entry,
+};
 use kvm_ioctls::{VcpuExit as Exit, VcpuFd};
 use rustix::io::Errno;
 
@@ -17,7 +20,8 @@ use super::state::{KvmState, MSRS};
 use super::vm::{KvmVm, get_msrs, set_msrs};
 use super::{chips, failed};
 use crate::machine::irq::lapic::LapicState;
-use crate::machine::vcpu::{Counters, Kicker, Vcpu, VcpuExit};
+use crate::machine::platform::MSR_KVM_SYSTEM_TIME;
+use crate::machine::vcpu::{Counters, Kicker, OtherCpu, Start, Vcpu, VcpuExit};
 
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const CANNOT_EMULATE: u32 = 1;
@@ -98,6 +102,44 @@ impl Vcpu for KvmVcpu {
         set_msrs(&cpu, &msrs)?;
         cpu.set_vcpu_events(&state.events).map_err(&refused)?;
         cpu.set_mp_state(state.mp).map_err(&refused)
+    }
+
+    fn other_state(&self) -> Result<OtherCpu, String> {
+        let cpu = self.state()?;
+        let fd = self.vm.cpu(self.index);
+        let unknown = failed("tell a CPU's state");
+        // Also takes the messages that have just arrived into account.
+        let start = match fd.get_mp_state().map_err(&unknown)?.mp_state {
+            KVM_MP_STATE_UNINITIALIZED => Start::Reset,
+            KVM_MP_STATE_INIT_RECEIVED => Start::Init,
+            KVM_MP_STATE_SIPI_RECEIVED => {
+                Start::Sipi(fd.get_vcpu_events().map_err(&unknown)?.sipi_vector as u8)
+            }
+            _ => Start::Started,
+        };
+        let [system_time] = get_msrs(&fd, [MSR_KVM_SYSTEM_TIME])?;
+        Ok(OtherCpu { cpu, lapic: lapic(&fd)?, system_time, start })
+    }
+
+    fn set_other_state(&mut self, state: &OtherCpu) -> Result<(), String> {
+        self.set_state(&state.cpu)?;
+        let cpu = self.vm.cpu(self.index);
+        let refused = failed("take a CPU's state");
+        cpu.set_lapic(&chips::to_lapic(&state.lapic)).map_err(&refused)?;
+        set_msrs(&cpu, &[(MSR_KVM_SYSTEM_TIME, state.system_time)])?;
+        let mp_state = match state.start {
+            Start::Started => return Ok(()),
+            Start::Reset => KVM_MP_STATE_UNINITIALIZED,
+            Start::Init => KVM_MP_STATE_INIT_RECEIVED,
+            Start::Sipi(vector) => {
+                let mut events = cpu.get_vcpu_events().map_err(&refused)?;
+                events.flags = KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+                events.sipi_vector = vector.into();
+                cpu.set_vcpu_events(&events).map_err(&refused)?;
+                KVM_MP_STATE_SIPI_RECEIVED
+            }
+        };
+        cpu.set_mp_state(kvm_mp_state { mp_state }).map_err(&refused)
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

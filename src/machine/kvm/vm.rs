@@ -12,8 +12,9 @@ use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_PIT_SPEAKER_DUMMY,
-    KvmIrqRouting, Msrs, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_msr_entry,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KvmIrqRouting, Msrs, kvm_clock_data, kvm_device_attr,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_msr_entry, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
@@ -216,8 +217,34 @@ impl HostChips for KvmVm {
     }
 
     fn set_counter(&self, tsc: u64, system_time: u64) -> Result<(), String> {
-        set_msrs(&self.cpu(0), &[(MSR_TSC, tsc), (MSR_KVM_SYSTEM_TIME, system_time)])
+        let first = self.cpu(0);
+        set_msrs(&first, &[(MSR_TSC, tsc), (MSR_KVM_SYSTEM_TIME, system_time)])?;
+        let mut offset = 0;
+        let known = tsc_offset(&first, KVM_GET_DEVICE_ATTR, &mut offset).is_ok();
+        for index in 1..self.cpus.len() {
+            let cpu = self.cpu(index);
+            // The same offset is the same counter. A kernel that cannot set it (before 5.16) makes one of writes that
+            // follow each other closely.
+            if !known || tsc_offset(&cpu, KVM_SET_DEVICE_ATTR, &mut offset).is_err() {
+                set_msrs(&cpu, &[(MSR_TSC, tsc)])?;
+            }
+        }
+        Ok(())
     }
+}
+
+/// `KVM_SET_DEVICE_ATTR` and `KVM_GET_DEVICE_ATTR`: `_IOW(0xae, 0xe1 and 0xe2, struct kvm_device_attr)`.
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = 1 << 30 | 24 << 16 | 0xae << 8 | 0xe1;
+const KVM_GET_DEVICE_ATTR: libc::c_ulong = KVM_SET_DEVICE_ATTR + 1;
+
+/// Reads or writes the guest's counter minus the host's.
+fn tsc_offset(cpu: &VcpuFd, request: libc::c_ulong, offset: &mut u64) -> std::io::Result<()> {
+    let (group, attr) = (KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET.into());
+    let attribute = kvm_device_attr { group, attr, addr: std::ptr::from_mut(offset) as u64, flags: 0 };
+    // SAFETY: the descriptor is a CPU's; the structure is the one that these calls read and points to the 64 bits that
+    // they read or write.
+    let done = unsafe { libc::ioctl(cpu.as_raw_fd(), request, &raw const attribute) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Reads MSRs.
