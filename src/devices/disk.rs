@@ -5,9 +5,10 @@
 //! read from the base, which many machines may share. So a machine's disk costs what it wrote, and the owned
 //! blocks are what a snapshot has to store.
 //!
-//! [`Overlay::freeze`] captures the set of owned blocks and their content in the time of a bitmap copy. While
+//! [`Overlay::freeze`] captures the blocks that changed since the last snapshot in the time of a bitmap copy. While
 //! the resulting [`FrozenDisk`] lives, a write to a captured block first copies the old content aside, so a
-//! snapshot can be written out behind the running guest.
+//! snapshot can be written out behind the running guest. Once it is written, [`FrozenDisk::commit`] makes it what the
+//! next capture is compared with: the overlay goes on owning the blocks, but they count as clean.
 
 mod sealed;
 
@@ -108,7 +109,7 @@ impl Storage<'_> {
     }
 }
 
-/// A run of consecutive blocks that differ from the base.
+/// A run of consecutive blocks that differ from the last snapshot (from the base, without one).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DirtyRun {
     /// First block.
@@ -138,6 +139,11 @@ impl Bits {
 
     fn clear(&mut self, block: u64) {
         self.0[(block / 64) as usize] &= !(1 << (block % 64));
+    }
+
+    /// Sets what is set in `other`.
+    fn add(&mut self, other: &Bits) {
+        self.0.iter_mut().zip(&other.0).for_each(|(word, other)| *word |= other);
     }
 
     /// The first set bit at or after `from`.
@@ -179,32 +185,18 @@ impl Ownership {
         }
     }
 
-    fn set_data(&mut self, block: u64) {
-        self.owned.set(block);
-        self.zero.clear(block);
-    }
-
-    fn set_zero(&mut self, block: u64) {
-        self.owned.set(block);
-        self.zero.set(block);
-    }
-
-    fn set_base(&mut self, block: u64) {
-        self.owned.clear(block);
-        self.zero.clear(block);
-    }
-
-    fn runs(&self, blocks: u64) -> impl Iterator<Item = DirtyRun> + '_ {
+    /// The blocks in `changed`, in runs. One of these that is the base's has become zeros again.
+    fn runs<'a>(&'a self, changed: &'a Bits, blocks: u64) -> impl Iterator<Item = DirtyRun> + 'a {
         let mut at = 0;
         std::iter::from_fn(move || {
-            let first = self.owned.next_set(at).filter(|&b| b < blocks)?;
-            let source = self.source(first);
+            let first = changed.next_set(at).filter(|&b| b < blocks)?;
+            let zero = |block| self.source(block) != Source::Overlay;
             let mut end = first + 1;
-            while end < blocks && self.source(end) == source {
+            while end < blocks && changed.get(end) && zero(end) == zero(first) {
                 end += 1;
             }
             at = end;
-            Some(DirtyRun { first, count: end - first, zero: source == Source::Zero })
+            Some(DirtyRun { first, count: end - first, zero: zero(first) })
         })
     }
 }
@@ -212,13 +204,23 @@ impl Ownership {
 /// What a running freeze keeps of the past.
 struct Frozen {
     then: Ownership,
+    /// What it captures.
+    captured: Bits,
     /// Captured blocks that were overwritten since; their old content is in `aside`.
     preserved: Bits,
     aside: File,
 }
 
+/// Where a capture will keep what the guest overwrites meanwhile. Made before the machine is stopped.
+#[derive(Debug)]
+pub struct Aside(File);
+
 struct State {
     now: Ownership,
+    /// Blocks that may differ from the last snapshot; from the base, before the first.
+    changed: Bits,
+    /// Blocks of which some snapshot holds something else than the base.
+    sealed: Bits,
     file: File,
     frozen: Option<Frozen>,
     /// The first error of the host's storage or of the base image.
@@ -254,6 +256,8 @@ impl Overlay {
         let blocks = len.div_ceil(BLOCK);
         let state = State {
             now: Ownership::new(blocks),
+            changed: Bits::new(blocks),
+            sealed: Bits::new(blocks),
             file: storage.create(blocks * BLOCK)?,
             frozen: None,
             fault: None,
@@ -262,9 +266,10 @@ impl Overlay {
         Ok(Overlay(Arc::new(Shared { base, len, blocks, state: Mutex::new(state), loss, loss_listener })))
     }
 
-    /// The blocks that differ from the base at this moment.
+    /// The blocks that may differ from the last snapshot (from the base, without one) at this moment.
     pub fn dirty(&self) -> Vec<DirtyRun> {
-        self.0.lock().now.runs(self.0.blocks).collect()
+        let state = self.0.lock();
+        state.now.runs(&state.changed, self.0.blocks).collect()
     }
 
     /// Sets who is told when the base cannot be read any more. Only the first call counts.
@@ -277,17 +282,30 @@ impl Overlay {
         self.0.lock().fault.clone()
     }
 
-    /// Captures the owned blocks as they are now. `storage` takes what the guest overwrites while the capture
+    /// Makes room for a capture of this disk.
+    ///
+    /// # Errors
+    /// The storage cannot be created.
+    pub fn aside(&self, storage: Storage<'_>) -> io::Result<Aside> {
+        storage.create(self.0.blocks * BLOCK).map(Aside)
+    }
+
+    /// Captures the changed blocks as they are now. `aside` takes what the guest overwrites while the capture
     /// lives. One capture at a time.
-    pub fn freeze(&self, storage: Storage<'_>) -> io::Result<FrozenDisk> {
+    ///
+    /// # Errors
+    /// There is another one.
+    pub fn freeze(&self, aside: Aside) -> io::Result<FrozenDisk> {
         let mut state = self.0.lock();
         if state.frozen.is_some() {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "Disk is being captured already"));
         }
+        let clean = Bits::new(self.0.blocks);
         state.frozen = Some(Frozen {
             then: state.now.clone(),
+            captured: std::mem::replace(&mut state.changed, clean),
             preserved: Bits::new(self.0.blocks),
-            aside: storage.create(self.0.blocks * BLOCK)?,
+            aside: aside.0,
         });
         Ok(FrozenDisk(Arc::clone(&self.0)))
     }
@@ -400,7 +418,7 @@ impl Shared {
                 }
                 state.file.write_all_at(bytes, (first + index) * BLOCK)?;
                 // Only now, so that a failed write leaves the old content in place.
-                (first + index..first + end).for_each(|block| state.now.set_data(block));
+                (first + index..first + end).for_each(|block| state.set_data(block));
             }
             index = end;
         }
@@ -410,12 +428,16 @@ impl Shared {
     fn zero_blocks(&self, state: &mut State, first: u64, count: u64) -> io::Result<()> {
         let mut stored = false;
         for block in first..first + count {
+            let (source, base_is_zero) = (state.now.source(block), self.base_is_zero(block));
+            if source == Source::Zero || source == Source::Base && base_is_zero {
+                continue;
+            }
             state.preserve(block)?;
-            stored |= state.now.source(block) == Source::Overlay;
-            if self.base_is_zero(block) {
-                state.now.set_base(block);
+            stored |= source == Source::Overlay;
+            if base_is_zero {
+                state.set_base(block);
             } else {
-                state.now.set_zero(block);
+                state.set_zero(block);
             }
         }
         if stored {
@@ -447,10 +469,34 @@ impl Shared {
 }
 
 impl State {
+    fn set_data(&mut self, block: u64) {
+        self.now.owned.set(block);
+        self.now.zero.clear(block);
+        self.changed.set(block);
+    }
+
+    fn set_zero(&mut self, block: u64) {
+        self.now.owned.set(block);
+        self.now.zero.set(block);
+        self.changed.set(block);
+    }
+
+    fn set_base(&mut self, block: u64) {
+        self.now.owned.clear(block);
+        self.now.zero.clear(block);
+        // A snapshot, or one in the making, has other content.
+        if self.sealed.get(block) || self.frozen.as_ref().is_some_and(|frozen| frozen.captured.get(block)) {
+            self.changed.set(block);
+        } else {
+            self.changed.clear(block);
+        }
+    }
+
     /// Copies a captured block aside before it changes.
     fn preserve(&mut self, block: u64) -> io::Result<()> {
         let Some(frozen) = &mut self.frozen else { return Ok(()) };
-        if frozen.then.source(block) == Source::Overlay && !frozen.preserved.get(block) {
+        let captured = frozen.captured.get(block) && frozen.then.source(block) == Source::Overlay;
+        if captured && !frozen.preserved.get(block) {
             let mut data = [0; BLOCK_SIZE];
             self.file.read_exact_at(&mut data, block * BLOCK)?;
             frozen.aside.write_all_at(&data, block * BLOCK)?;
@@ -513,7 +559,8 @@ impl Disk for Overlay {
     }
 }
 
-/// The owned blocks of an [`Overlay`] as they were when it was frozen. Dropping it ends the capture.
+/// The changed blocks of an [`Overlay`] as they were when it was frozen. Dropping it ends the capture, and the blocks
+/// count as changed again.
 pub struct FrozenDisk(Arc<Shared>);
 
 impl FrozenDisk {
@@ -530,30 +577,52 @@ impl FrozenDisk {
     /// The captured blocks, ascending.
     pub fn dirty(&self) -> Vec<DirtyRun> {
         let state = self.0.lock();
-        state.frozen.iter().flat_map(|frozen| frozen.then.runs(self.0.blocks)).collect()
+        let frozen = state.frozen.iter();
+        frozen.flat_map(|frozen| frozen.then.runs(&frozen.captured, self.0.blocks)).collect()
     }
 
-    /// Reads one captured block.
+    /// Reads one captured block, or one that the overlay did not own.
+    ///
+    /// # Errors
+    /// The block is neither, or storage or base cannot be read.
     pub fn read_block(&self, block: u64, buf: &mut [u8; BLOCK_SIZE]) -> io::Result<()> {
+        let missing = || io::Error::new(io::ErrorKind::InvalidInput, "No such block in the capture");
+        if block >= self.0.blocks {
+            return Err(missing());
+        }
         let state = self.0.lock();
-        let Some(frozen) = state.frozen.as_ref().filter(|_| block < self.0.blocks) else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "No such block in the capture"));
-        };
+        let frozen = state.frozen.as_ref().ok_or_else(missing)?;
         match frozen.then.source(block) {
-            Source::Base => self.0.read_base(block * BLOCK, buf),
+            Source::Base => {
+                drop(state);
+                self.0.read_base(block * BLOCK, buf)
+            }
             Source::Zero => {
                 buf.fill(0);
                 Ok(())
             }
+            Source::Overlay if !frozen.captured.get(block) => Err(missing()),
             Source::Overlay if frozen.preserved.get(block) => frozen.aside.read_exact_at(buf, block * BLOCK),
             Source::Overlay => state.file.read_exact_at(buf, block * BLOCK),
+        }
+    }
+
+    /// Ends the capture: what it captured is in a snapshot, with which the next capture is compared.
+    pub fn commit(self) {
+        let mut state = self.0.lock();
+        if let Some(frozen) = state.frozen.take() {
+            state.sealed.add(&frozen.captured);
         }
     }
 }
 
 impl Drop for FrozenDisk {
     fn drop(&mut self) {
-        self.0.lock().frozen = None;
+        let mut state = self.0.lock();
+        // Still there: it was not committed.
+        if let Some(frozen) = state.frozen.take() {
+            state.changed.add(&frozen.captured);
+        }
     }
 }
 

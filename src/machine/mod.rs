@@ -46,7 +46,7 @@ use self::platform::MemoryMap;
 use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
-use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Room, refuse};
+use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Prepared, refuse};
 use self::vcpu::{Backend, BackendError, BackendKind, Counters, HostChips, Shape, Vm};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
@@ -239,10 +239,11 @@ impl Machine {
         }
         let disk = config.storage.overlay(base)?;
         let parent = DiskParent::file(&config.rootfs).map_err(unreadable)?;
+        let overlay = disk.clone();
         let devices = Devices::new(Parts { memory, irqchip: &irqchip, disk, console: console.clone() });
         let guts =
             Guts { ram, vcpu, others, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
-        let lineage = Lineage { memory: None, disk: parent, storage: config.storage };
+        let lineage = Lineage { memory: None, disk: parent, overlay, storage: config.storage };
         Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
 
@@ -282,38 +283,59 @@ impl Machine {
         let (irqchip, clock) = host(irqchip, clock, chips).map_err(failed)?;
         let console = ConsoleLog::new();
         let disk = config.storage.overlay(Arc::new(DiskBase(Arc::clone(snapshot.disk()))))?;
+        let overlay = disk.clone();
         let parts = Parts { memory, irqchip: &irqchip, disk, console: console.clone() };
         let devices = Devices::restore(parts, &state.devices).map_err(refuse::device)?;
         let guts = Guts { ram, vcpu, others, devices: Arc::new(devices), halted, unknown_msrs: Vec::new() };
         let lineage = Lineage {
             memory: Some(Arc::clone(snapshot.memory())),
             disk: DiskParent::Image(Arc::clone(snapshot.disk())),
+            overlay,
             storage: config.storage,
         };
         Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
 
-    /// Takes a snapshot and publishes it. The machine stands still only while its registers and the pages that changed
-    /// are copied; it runs on while this call compresses and writes. Captures of one machine take turns.
+    /// [`capture_then`](Self::capture_then), with nothing to do in between.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn capture(&self, store: &Arc<Store>, new: NewSnapshot) -> Result<Captured, MachineError> {
+        self.capture_then(store, new, || {})
+    }
+
+    /// Takes a snapshot and publishes it. The machine stands still only while its registers are copied and what changed
+    /// is marked; it runs on, if it was running, while this call compresses and writes. Captures of one machine take turns.
+    /// `captured` is called once the content is fixed and the machine may run, before anything is compressed; not
+    /// if that was not reached.
     ///
     /// # Errors
     /// It has ended, or the snapshot cannot be written: then nothing is published and nothing is lost.
-    pub fn capture(&self, store: &Arc<Store>, new: NewSnapshot) -> Result<Captured, MachineError> {
+    pub fn capture_then(
+        &self,
+        store: &Arc<Store>,
+        new: NewSnapshot,
+        captured: impl FnOnce(),
+    ) -> Result<Captured, MachineError> {
         let core = &self.0.core;
         let mut lineage = self.0.lineage.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(lineage) = lineage.as_mut() else { return Err(self.ended_error()) };
         let started = Instant::now();
-        // Room for the pages is made before the machine is stopped; most of the pause would be spent on it.
-        let expected = core.hold().as_mut().and_then(run::Held::guts).map_or(0, |guts| guts.ram.counts().0);
-        let room = Room::new(expected);
+        let stopped = |body: &mut dyn FnMut(&mut Guts)| {
+            body(core.hold()?.guts()?);
+            Some(())
+        };
+        let prepared = Prepared::new(lineage, stopped)?;
+        let prepared = prepared.ok_or_else(|| self.ended_error())?;
         let stopped = Instant::now();
         let mut held = core.hold().ok_or_else(|| self.ended_error())?;
         let Some(guts) = held.guts() else { return Err(self.ended_error()) };
         let clock = core.clock.state().map_err(SnapshotError::Host)?;
         let irqchip = core.irqchip.state(clock.guest_ns).map_err(SnapshotError::Host)?;
-        let mut capture = Capture::take(guts, room, clock, irqchip, &lineage.storage, started)?;
+        let mut capture = Capture::take(guts, prepared, clock, irqchip, &lineage.storage, started)?;
         drop(held);
         capture.pause = stopped.elapsed();
+        captured();
         Ok(capture.publish(lineage, store, new)?)
     }
 

@@ -3,10 +3,11 @@
 //! The state sections are CBOR, one per part, each with a version of its own; SNAPSHOT.md lists them. Everything that comes
 //! back is untrusted: each part checks its own, and nothing runs before all of them agreed.
 //!
-//! A capture stops the machine only to copy registers and the pages that changed; compressing and writing happen
-//! behind the running guest. The pages captured are clean from then on and the snapshot's memory is what the next
-//! capture is compared with, so that a second snapshot stores what changed since the first. If writing fails, the
-//! pages are dirty again and nothing is lost.
+//! A capture stops the machine only to copy registers and to mark the pages and blocks that changed; reading, compressing
+//! and writing them happen behind the running guest ([`ram::capture`](super::ram::capture),
+//! [`disk`](crate::devices::disk)). What is captured is clean from then on, and the snapshot is what the next capture is
+//! compared with, so that a second snapshot stores what changed since the first. If writing fails, all of it is dirty
+//! again and nothing is lost.
 
 use std::fs::File;
 use std::io;
@@ -30,10 +31,11 @@ use super::clock::ClockState;
 use super::devices::DevicesState;
 use super::irq::IrqchipState;
 use super::platform;
-use super::ram::{PageSource, Ram};
+use super::ram::PageSource;
+use super::ram::capture::{MemoryCapture, PreCopy};
 use super::run::Guts;
-use super::vcpu::{BackendError, OtherCpu};
-use crate::devices::disk::{BLOCK_SIZE, Base, FrozenDisk, Overlay, Storage};
+use super::vcpu::{BackendError, LiveCapture, OtherCpu};
+use crate::devices::disk::{Aside, BLOCK_SIZE, Base, FrozenDisk, Overlay, Storage};
 
 const _: () = assert!(BLOCK_SIZE == PAGE_SIZE && PAGE_SIZE as u64 == platform::PAGE_SIZE);
 
@@ -305,55 +307,22 @@ impl DiskStorage {
         Overlay::new(Some(base), len, self.storage()).map_err(|e| self.failed(e))
     }
 
-    fn freeze(&self, disk: &Overlay) -> Result<FrozenDisk, SnapshotError> {
-        disk.freeze(self.storage()).map_err(|e| self.failed(e))
+    /// Room for a capture of `disk`.
+    pub(super) fn aside(&self, disk: &Overlay) -> Result<Aside, SnapshotError> {
+        disk.aside(self.storage()).map_err(|e| self.failed(e))
+    }
+
+    fn freeze(&self, disk: &Overlay, aside: Aside) -> Result<FrozenDisk, SnapshotError> {
+        disk.freeze(aside).map_err(|e| self.failed(e))
     }
 }
 
-/// Memory for the pages of a capture, already backed by the host.
-pub(super) struct Room(Vec<u8>);
+/// The captured part of memory.
+struct CapturedMemory(MemoryCapture);
 
-impl Room {
-    pub(super) fn new(pages: u64) -> Room {
-        // A little more: the machine runs on until it is stopped.
-        let mut room = vec![0; (pages + pages / 16 + 64) as usize * PAGE_SIZE];
-        room.iter_mut().step_by(PAGE_SIZE).for_each(|byte| *byte = 1);
-        Room(room)
-    }
-}
-
-/// Pages copied out of a stopped machine.
-struct CopiedPages {
-    /// Ascending.
-    pages: Vec<u64>,
-    content: Vec<u8>,
-}
-
-impl CopiedPages {
-    fn new(ram: &Ram, pages: Vec<u64>, room: Room) -> CopiedPages {
-        let mut content = room.0;
-        content.resize(pages.len() * PAGE_SIZE, 0);
-        for (page, out) in pages.iter().zip(content.as_chunks_mut::<PAGE_SIZE>().0) {
-            ram.copy_page(*page, out);
-        }
-        CopiedPages { pages, content }
-    }
-}
-
-impl amber_layers::PageSource for CopiedPages {
+impl amber_layers::PageSource for CapturedMemory {
     fn read(&self, page: u64, out: &mut Page) -> io::Result<()> {
-        let at = self.pages.binary_search(&page).map_err(|_| io::ErrorKind::NotFound)?;
-        out.copy_from_slice(&self.content[at * PAGE_SIZE..(at + 1) * PAGE_SIZE]);
-        Ok(())
-    }
-}
-
-/// The captured part of a disk.
-struct CopiedDisk(FrozenDisk);
-
-impl amber_layers::PageSource for CopiedDisk {
-    fn read(&self, page: u64, out: &mut Page) -> io::Result<()> {
-        self.0.read_block(page, out)
+        self.0.read(page, out)
     }
 }
 
@@ -391,6 +360,8 @@ pub(super) struct Lineage {
     pub(super) memory: Option<Arc<Image>>,
     /// What is under the disk's overlay.
     pub(super) disk: DiskParent,
+    /// The disk itself.
+    pub(super) overlay: Overlay,
     pub(super) storage: DiskStorage,
 }
 
@@ -409,27 +380,72 @@ pub struct Captured {
     pub disk: CaptureStats,
 }
 
-/// A machine's content at one moment, copied out of it.
+/// Rounds of pre-copy at most, and the number of pages that the last one may have to copy while the machine stands.
+const ROUNDS: usize = 8;
+const LAST_ROUND: usize = 256;
+
+/// What is made ready for a capture while the machine still runs.
+pub(super) struct Prepared {
+    aside: Aside,
+    copies: Option<PreCopy>,
+}
+
+impl Prepared {
+    /// Makes room, and copies memory in advance where the backend needs that. `stopped` stops the machine for its argument.
+    pub(super) fn new(
+        lineage: &Lineage,
+        mut stopped: impl FnMut(&mut dyn FnMut(&mut Guts)) -> Option<()>,
+    ) -> Result<Option<Prepared>, SnapshotError> {
+        let aside = lineage.storage.aside(&lineage.overlay)?;
+        let mut copies: Option<PreCopy> = None;
+        let mut fewest = usize::MAX;
+        for _ in 0..ROUNDS {
+            let mut round = Vec::new();
+            let mut collected = Ok(());
+            let mut begin = |guts: &mut Guts| {
+                if guts.vcpu.live_capture() == LiveCapture::PreCopy {
+                    collected = guts.vcpu.collect_dirty();
+                    round = copies.get_or_insert_with(|| PreCopy::new(&guts.ram)).begin_round();
+                    guts.vcpu.forget_dirty();
+                }
+            };
+            if stopped(&mut begin).is_none() {
+                return Ok(None);
+            }
+            let Some(copies) = &mut copies else { break };
+            copies.copy(&round);
+            collected.map_err(SnapshotError::Host)?;
+            // A guest that writes faster than it is copied does not get slower by trying again.
+            if round.len() <= LAST_ROUND || round.len() >= fewest {
+                break;
+            }
+            fewest = round.len();
+        }
+        Ok(Some(Prepared { aside, copies }))
+    }
+}
+
+/// A machine's content at one moment.
 pub(super) struct Capture {
     state: MachineState,
-    memory: CopiedPages,
-    disk: CopiedDisk,
-    ram: Arc<Ram>,
+    memory: CapturedMemory,
+    disk: FrozenDisk,
+    pages: u64,
     started: Instant,
     pub(super) pause: Duration,
 }
 
 impl Capture {
-    /// Copies a stopped machine. Its memory is clean afterwards: publish, or [`abandon`](Self::abandon).
+    /// Captures a stopped machine. Memory and disk are clean afterwards: publish, or drop to make them dirty again.
     pub(super) fn take(
         guts: &mut Guts,
-        room: Room,
+        prepared: Prepared,
         clock: ClockState,
         irqchip: IrqchipState,
         storage: &DiskStorage,
         started: Instant,
     ) -> Result<Capture, SnapshotError> {
-        let disk = storage.freeze(guts.devices.disk())?;
+        let disk = storage.freeze(guts.devices.disk(), prepared.aside)?;
         let mut cpu = guts.vcpu.state().map_err(SnapshotError::Host)?;
         cpu.halted |= guts.halted;
         let others = guts.others.iter().map(|vcpu| vcpu.other_state()).collect::<Result<_, _>>();
@@ -437,11 +453,13 @@ impl Capture {
         let devices = guts.devices.state();
         let state = MachineState { ram: guts.ram.map().bytes(), cpu, others, irqchip, clock, devices };
         guts.vcpu.collect_dirty().map_err(SnapshotError::Host)?;
-        let dirty = guts.ram.take_dirty();
+        let memory = match prepared.copies {
+            Some(copies) => MemoryCapture::copied(copies),
+            None => MemoryCapture::on_write(&guts.ram),
+        };
         guts.vcpu.forget_dirty();
-        let memory = CopiedPages::new(&guts.ram, dirty, room);
-        let ram = Arc::clone(&guts.ram);
-        Ok(Capture { state, memory, disk: CopiedDisk(disk), ram, started, pause: Duration::ZERO })
+        let (memory, pages) = (CapturedMemory(memory), guts.ram.map().pages());
+        Ok(Capture { state, memory, disk, pages, started, pause: Duration::ZERO })
     }
 
     /// Writes the capture to a store. Afterwards `lineage` is that of the snapshot; if it fails, that of before.
@@ -449,44 +467,37 @@ impl Capture {
         self,
         lineage: &mut Lineage,
         store: &Arc<Store>,
-        new: NewSnapshot,
-    ) -> Result<Captured, SnapshotError> {
-        let result = self.write(lineage, store, new);
-        if result.is_err() {
-            self.ram.restore_dirty(&self.memory.pages);
-        }
-        result
-    }
-
-    fn write(
-        &self,
-        lineage: &mut Lineage,
-        store: &Arc<Store>,
         mut new: NewSnapshot,
     ) -> Result<Captured, SnapshotError> {
         let mut writer = store.writer();
-        let pages = self.ram.map().pages();
-        let dirty = self.memory.pages.iter().copied();
-        let memory = writer.memory(lineage.memory.as_deref(), pages, dirty, &self.memory)?;
-        let blocks = self.disk.0.blocks();
-        let runs = self.disk.0.dirty();
-        let owned = runs.iter().flat_map(|run| run.first..run.first + run.count);
+        // The disk first: a page of memory that equals one of its blocks is not stored again.
+        let blocks = self.disk.blocks();
+        let owned = self.disk.dirty_blocks();
         let (parent, data) = match &lineage.disk {
-            DiskParent::Image(image) => (Some(&**image), &[][..]),
+            DiskParent::Image(image) => {
+                writer.share(image)?;
+                (Some(&**image), &[][..])
+            }
             DiskParent::File(data) => (None, data.as_slice()),
         };
         let dirty = data.iter().flat_map(|(first, count)| *first..first + count).chain(owned);
         let disk = writer.disk(parent, blocks, dirty, &self.disk)?;
+        let dirty = self.memory.0.pages().iter().copied();
+        let memory = writer.memory(lineage.memory.as_deref(), self.pages, dirty, &self.memory)?;
         for (kind, bytes) in self.state.sections()? {
             writer.section(kind.0, kind.1, true, bytes)?;
         }
         new.platform = u32::from(platform::VERSION);
         let meta = writer.publish(new)?;
-        // The images only, not the snapshot: its source does not keep it from being deleted.
-        let snapshot = store.open_tagged(&meta.id, &meta.tag)?;
-        lineage.memory = Some(Arc::clone(snapshot.memory()));
-        if matches!(lineage.disk, DiskParent::File(_)) {
+        // The images only, not the snapshot: its source does not keep it from being deleted. A snapshot that vanished at once
+        // or cannot be opened is no basis for the next one; it is published all the same.
+        if let Ok(snapshot) = store.open_tagged(&meta.id, &meta.tag)
+            && snapshot.meta().build == meta.build
+        {
+            lineage.memory = Some(Arc::clone(snapshot.memory()));
             lineage.disk = DiskParent::Image(Arc::clone(snapshot.disk()));
+            self.memory.0.commit();
+            self.disk.commit();
         }
         Ok(Captured { meta, pause: self.pause, total: self.started.elapsed(), memory, disk })
     }

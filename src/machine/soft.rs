@@ -6,7 +6,9 @@ use amber_x86::state::CpuState;
 use amber_x86::{Bus, Cpu, Exit, Kick};
 
 use super::ram::Ram;
-use super::vcpu::{Backend, BackendError, BackendKind, Counters, Kicker, Shape, Vcpu, VcpuExit, Vm};
+use super::vcpu::{
+    Backend, BackendError, BackendKind, Counters, Kicker, LiveCapture, Shape, Vcpu, VcpuExit, Vm,
+};
 
 /// RFLAGS: interrupts enabled.
 const IF: u64 = 1 << 9;
@@ -83,6 +85,10 @@ impl Vcpu for SoftVcpu {
 
     fn forget_dirty(&mut self) {
         self.cpu.forget_all_writable();
+    }
+
+    fn live_capture(&self) -> LiveCapture {
+        LiveCapture::OnWrite
     }
 
     fn counters(&self) -> Counters {

@@ -8,6 +8,7 @@ use amber_layers::{NewSnapshot, Page, SectionId, Snapshot, Store};
 use tempfile::TempDir;
 
 use super::soft::Soft;
+use super::vcpu::Vcpu;
 use super::*;
 use crate::devices::disk::Disk;
 
@@ -301,6 +302,101 @@ fn tampered(
     }
     let meta = writer.publish(NewSnapshot::default()).unwrap();
     rig.store.open_snapshot(&meta.id).unwrap()
+}
+
+/// Writes a number that grows by one with each pass to the first word of [`WRITTEN`] pages from [`COUNTER`] on, in order.
+const WRITE: [u8; 38] = [
+    0x48, 0xc7, 0xc0, 0x01, 0x00, 0x00, 0x00, // mov rax, 1
+    0x48, 0xc7, 0xc7, 0x00, 0x00, 0x20, 0x01, // pass: mov rdi, COUNTER
+    0xb9, 0x00, 0x04, 0x00, 0x00, // mov ecx, WRITTEN
+    0x48, 0x89, 0x07, // page: mov [rdi], rax
+    0x48, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add rdi, 4096
+    0xff, 0xc9, // dec ecx
+    0x75, 0xf2, // jnz page
+    0x48, 0xff, 0xc0, // inc rax
+    0xeb, 0xe1, // jmp pass
+];
+const WRITTEN: u64 = 1024;
+
+/// The software CPU as one whose writes can only be noticed afterwards.
+struct Unguarded;
+struct UnguardedVcpu(Box<dyn Vcpu>);
+
+impl Backend for Unguarded {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Soft
+    }
+    fn create_vm(&self, ram: &Arc<Ram>, shape: vcpu::Shape) -> Result<vcpu::Vm, vcpu::BackendError> {
+        let vm = Soft.create_vm(ram, shape)?;
+        Ok(vcpu::Vm { first: Box::new(UnguardedVcpu(vm.first)), ..vm })
+    }
+}
+
+impl Vcpu for UnguardedVcpu {
+    fn run(&mut self, bus: &mut dyn amber_x86::Bus) -> vcpu::VcpuExit {
+        self.0.run(bus)
+    }
+    fn state(&self) -> Result<amber_x86::state::CpuState, String> {
+        self.0.state()
+    }
+    fn set_state(&mut self, state: &amber_x86::state::CpuState) -> Result<(), String> {
+        self.0.set_state(state)
+    }
+    fn kicker(&self) -> Arc<dyn vcpu::Kicker> {
+        self.0.kicker()
+    }
+    fn forget_dirty(&mut self) {
+        self.0.forget_dirty();
+    }
+    fn counters(&self) -> Counters {
+        self.0.counters()
+    }
+}
+
+#[test]
+fn a_capture_behind_a_guest_that_writes_holds_one_moment() {
+    for backend in [&Soft as &dyn Backend, &Unguarded] {
+        let rig = Rig::new();
+        let machine = Machine::boot(rig.config(&WRITE), backend).unwrap();
+        machine.resume().unwrap();
+        wait("the first pass", || machine.diagnostics().dirty_pages > WRITTEN);
+        let mut last = 0;
+        for round in 0..6 {
+            let mut told = false;
+            let captured = machine.capture_then(&rig.store, NewSnapshot::default(), || told = true).unwrap();
+            assert!(told);
+            let snapshot = rig.store.open_snapshot(&captured.meta.id).unwrap();
+            let mut page: Page = [0; 4096];
+            let words: Vec<u64> = (0..WRITTEN)
+                .map(|i| {
+                    snapshot.memory().read_page(COUNTER / 4096 + i, &mut page).unwrap();
+                    u64::from_le_bytes(page[..8].try_into().unwrap())
+                })
+                .collect();
+            assert!(words.is_sorted_by(|a, b| a >= b), "a pass writes in order");
+            assert!(words[0] - words[WRITTEN as usize - 1] <= 1, "{} {}", words[0], words[1023]);
+            assert!(words[0] > last || round == 0 && words[0] > 0);
+            last = words[0];
+            // The copy goes on from there.
+            let copy =
+                Machine::restore(&snapshot, RestoreConfig { storage: DiskStorage::Memory }, backend).unwrap();
+            copy.resume().unwrap();
+            wait("the copy's pass", || copy.diagnostics().dirty_pages >= WRITTEN);
+        }
+        machine.kill();
+    }
+}
+
+#[test]
+fn a_kill_does_not_disturb_a_capture_in_progress() {
+    let rig = Rig::new();
+    let machine = rig.run(&WRITE);
+    wait("the first pass", || machine.diagnostics().dirty_pages > WRITTEN);
+    let captured = machine.capture_then(&rig.store, NewSnapshot::default(), || machine.kill()).unwrap();
+    let snapshot = rig.store.open_snapshot(&captured.meta.id).unwrap();
+    let copy = rig.restore(&snapshot).unwrap();
+    copy.resume().unwrap();
+    wait("the copy's pass", || copy.diagnostics().dirty_pages >= WRITTEN);
 }
 
 #[test]

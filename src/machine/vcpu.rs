@@ -40,6 +40,17 @@ pub trait Kicker: Send + Sync {
     fn code_written(&self) {}
 }
 
+/// How a backend lets a snapshot read memory behind the running guest (see [`capture`](super::ram::capture)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LiveCapture {
+    /// After [`Vcpu::forget_dirty`] no page with the flag CAPTURE is written before
+    /// [`GuestRam::preserve`](amber_x86::GuestRam::preserve) returned.
+    OnWrite,
+    /// Writes cannot be intercepted, only noticed afterwards: pages are copied in rounds, the last one while the
+    /// machine stands.
+    PreCopy,
+}
+
 /// One virtual CPU. It is run by one thread at a time.
 pub trait Vcpu: Send {
     /// Executes until something needs the machine's attention.
@@ -81,6 +92,10 @@ pub trait Vcpu: Send {
     /// Forgets which pages it may write without a look at their flags: from the next instruction on, the first
     /// write to a page marks it dirty again. Called after [`collect_dirty`](Self::collect_dirty).
     fn forget_dirty(&mut self);
+    /// How memory can be captured while it runs.
+    fn live_capture(&self) -> LiveCapture {
+        LiveCapture::PreCopy
+    }
     /// Counters worth showing.
     fn counters(&self) -> Counters;
 }

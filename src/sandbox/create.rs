@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use amber_proto::Identify;
+use amber_proto::{Exec, Identify};
 
 use super::instance::{Identity, end_behind};
 use super::registry::registry;
@@ -16,6 +16,10 @@ use crate::agent::Agent;
 /// How long a restored agent may take to answer. It was running when the snapshot was taken, so this is only for a guest that is broken
 /// or a host that is far too busy.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long each program of the guest's `/etc/amberbox/restore.d` may take, and how many are run.
+const HOOK_LIMIT: Duration = Duration::from_secs(10);
+const MAX_HOOKS: usize = 64;
 
 /// Entropy for each copy: more than the kernel's pool holds.
 const ENTROPY_BYTES: usize = 128;
@@ -88,6 +92,9 @@ pub(super) async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, Strin
                 for warning in identified.warnings {
                     tracing::warn!(sandbox = id, "{warning}");
                 }
+                for hook in identified.hooks.into_iter().take(MAX_HOOKS) {
+                    run_hook(&agent, id, hook).await;
+                }
                 return Ok(());
             }
             Err(failure) => failure,
@@ -101,5 +108,24 @@ pub(super) async fn identify(vm: &dyn Vm, id: &str, envs: BTreeMap<String, Strin
     match end_behind(&failure, vm.ended()).await {
         Some(ended) => Err(Error::from(&ended)),
         None => Err(failure.into()),
+    }
+}
+
+/// Runs a program that the guest wants run after a restore. That it fails is the guest's own business.
+async fn run_hook(agent: &Agent, id: &str, program: String) {
+    let exec = Exec {
+        cmd: program.clone(),
+        user: Some("root".to_owned()),
+        cwd: Some("/".to_owned()),
+        timeout_ms: u64::try_from(HOOK_LIMIT.as_millis()).ok(),
+        ..Exec::default()
+    };
+    let ran = async { agent.exec(&exec).await?.wait().await };
+    // The guest kills it in time, unless nothing works there any more.
+    match tokio::time::timeout(2 * HOOK_LIMIT, ran).await {
+        Ok(Ok(exit)) if exit.exit_code == 0 => {}
+        Ok(Ok(exit)) => tracing::warn!(sandbox = id, "{program}: {}", exit.status),
+        Ok(Err(error)) => tracing::warn!(sandbox = id, %error, "{program}"),
+        Err(_) => tracing::warn!(sandbox = id, "{program} did not end"),
     }
 }

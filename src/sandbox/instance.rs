@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use amber_layers::{SnapshotId, Store};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 
 use super::registry::registry;
@@ -193,14 +193,28 @@ impl Sandbox {
         });
     }
 
+    /// Waits until nobody else takes a snapshot of it or ends it, and keeps others from it.
+    ///
+    /// # Errors
+    /// The sandbox has ended meanwhile.
+    pub(super) async fn exclusive(&self) -> Result<OwnedMutexGuard<()>, Error> {
+        let mut ended = self.ended.subscribe();
+        tokio::select! {
+            biased;
+            reason = wait_end(&mut ended) => Err(Error::from(&reason)),
+            guard = Arc::clone(&self.exclusive).lock_owned() => Ok(guard),
+        }
+    }
+
     /// Ends the sandbox; waits for a snapshot in progress and for the machine's threads. `false` if it had ended before.
     pub async fn kill(&self) -> Result<bool, Error> {
         self.terminate(Ended::Killed).await
     }
 
     async fn terminate(&self, reason: Ended) -> Result<bool, Error> {
-        let _exclusive = self.exclusive.lock().await;
+        // First of all, so that snapshots that wait for their turn fail instead of being waited for.
         let first = self.finish(reason);
+        let _exclusive = self.exclusive.lock().await;
         self.stop_machine().await?;
         Ok(first)
     }

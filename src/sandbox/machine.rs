@@ -8,7 +8,7 @@ use std::sync::Arc;
 use amber_layers::{NewSnapshot, Snapshot, SnapshotMeta, Store, StoreError};
 
 use super::stores::with_causes;
-use super::vm::{Facts, Vm};
+use super::vm::{Captured, Facts, Vm};
 use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
@@ -91,8 +91,15 @@ impl Vm for MachineVm {
         self.machine.console_tail()
     }
 
-    fn capture(&self, store: &Arc<Store>, snapshot: NewSnapshot) -> Result<SnapshotMeta, Error> {
-        Ok(self.machine.capture(store, snapshot)?.meta)
+    fn capture(
+        &self,
+        store: &Arc<Store>,
+        snapshot: NewSnapshot,
+        captured: Captured,
+    ) -> Result<SnapshotMeta, Error> {
+        let done = self.machine.capture_then(store, snapshot, captured)?;
+        tracing::debug!(id = %done.meta.id, pause = ?done.pause, total = ?done.total, "Snapshot taken");
+        Ok(done.meta)
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use amber_layers::{Kind, ListFilter, NewSnapshot, SnapshotMeta, Store};
+use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use super::registry::{Page, page, registry};
 use super::{Ended, Error, Sandbox, blocking, stores};
@@ -59,7 +61,11 @@ fn split_name(text: &str) -> Result<(String, Option<String>), Error> {
     Ok((name, tag))
 }
 
-/// Freezes a sandbox into a snapshot; the sandbox goes on running. A second one at the same time is refused; a kill waits.
+/// How long the guest's processes may take to stand still for a snapshot. Later it is taken as it is.
+const FREEZE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Freezes a sandbox into a snapshot; the sandbox goes on running. Several at once take turns; a kill waits for the one
+/// that is being made, and the others fail.
 pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Result<SnapshotInfo, Error> {
     let (names, tag) = match name {
         Some(name) => {
@@ -68,12 +74,7 @@ pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Resu
         }
         None => (Vec::new(), None),
     };
-    let exclusive = Arc::clone(&sandbox.exclusive).try_lock_owned().map_err(|_| {
-        Error::Conflict(format!("Sandbox '{}' is busy: another snapshot of it is being made", sandbox.id()))
-    })?;
-    if let Some(ended) = sandbox.ended() {
-        return Err(Error::from(&ended));
-    }
+    let exclusive = sandbox.exclusive().await?;
     let snapshot = NewSnapshot {
         kind: Kind::Snapshot,
         names,
@@ -82,18 +83,59 @@ pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Resu
         metadata: "{}".to_owned(),
         ..NewSnapshot::default()
     };
+    Ok(SnapshotInfo::from(&capture(sandbox, snapshot, exclusive).await?))
+}
+
+/// Publishes a snapshot of a sandbox in which all processes stand still, so that in a copy none of them runs before it has
+/// been identified. In the sandbox itself they go on as soon as the content is fixed.
+pub(super) async fn capture(
+    sandbox: &Arc<Sandbox>,
+    snapshot: NewSnapshot,
+    exclusive: OwnedMutexGuard<()>,
+) -> Result<SnapshotMeta, Error> {
     let owner = Arc::clone(sandbox);
-    let taken = blocking(move || {
-        // A caller that gives up drops the future, not this thread: the lock stays until the machine is done.
-        let _exclusive = exclusive;
-        owner.vm().capture(owner.store(), snapshot)
-    })
-    .await;
-    match (taken, sandbox.ended()) {
-        (Ok(meta), _) => Ok(SnapshotInfo::from(&meta)),
-        // A machine that stopped meanwhile is the cause, whatever the capture made of it.
-        (Err(_), Some(ended @ Ended::Crashed { .. })) => Err(Error::from(&ended)),
-        (Err(error), _) => Err(error),
+    // A task of its own: a caller that gives up leaves neither a frozen guest nor half a snapshot behind.
+    let whole = tokio::spawn(async move {
+        freeze(&owner).await;
+        let (captured, fixed) = oneshot::channel();
+        let thaw = {
+            let owner = Arc::clone(&owner);
+            async move {
+                // Dropped without a word if the capture failed before.
+                let _ = fixed.await;
+                if let Err(error) = owner.agent.thaw().await {
+                    tracing::warn!(sandbox = owner.id(), %error, "Processes may stand still for a while");
+                }
+            }
+        };
+        let taken = {
+            let owner = Arc::clone(&owner);
+            blocking(move || {
+                let captured = Box::new(move || _ = captured.send(()));
+                owner.vm().capture(owner.store(), snapshot, captured)
+            })
+        };
+        let (taken, ()) = tokio::join!(taken, thaw);
+        drop(exclusive);
+        match (taken, owner.ended()) {
+            (Ok(meta), _) => Ok(meta),
+            // A machine that stopped meanwhile is the cause, whatever the capture made of it.
+            (Err(_), Some(ended @ Ended::Crashed { .. })) => Err(Error::from(&ended)),
+            (Err(error), _) => Err(error),
+        }
+    });
+    whole.await.map_err(Error::panicked)?
+}
+
+/// Makes the guest's processes stand still. A guest in which that fails is captured all the same: its copies are told who they
+/// are a few milliseconds after they begin to run.
+async fn freeze(sandbox: &Sandbox) {
+    match tokio::time::timeout(FREEZE_LIMIT, sandbox.agent.freeze()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(sandbox = sandbox.id(), %error, "Processes run on during a snapshot");
+        }
+        Err(_) => tracing::warn!(sandbox = sandbox.id(), "Processes did not stop for a snapshot in time"),
     }
 }
 

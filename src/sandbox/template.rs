@@ -119,7 +119,7 @@ fn capture(vm: &dyn Vm, out: &Path) -> Result<SnapshotMeta, Error> {
         metadata: "{}".to_owned(),
         ..NewSnapshot::default()
     };
-    vm.capture(&store, base)
+    vm.capture(&store, base, Box::new(|| ()))
 }
 
 /// Resolves when the agent answers.

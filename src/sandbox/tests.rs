@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
 
 use super::instance::Identity;
-use super::vm::{Facts, Orphan, Vm};
+use super::vm::{Captured, Facts, Orphan, Vm};
 use super::*;
 use crate::agent::{AsyncStream, Connect, Connecting};
 
@@ -91,7 +91,12 @@ impl Vm for FakeVm {
         String::new()
     }
 
-    fn capture(&self, _store: &Arc<Store>, _snapshot: NewSnapshot) -> Result<SnapshotMeta, Error> {
+    fn capture(
+        &self,
+        _store: &Arc<Store>,
+        _snapshot: NewSnapshot,
+        _captured: Captured,
+    ) -> Result<SnapshotMeta, Error> {
         let _allowed = self.capture.lock().unwrap();
         Err(Error::StoreFull("no space".into()))
     }
@@ -231,7 +236,7 @@ fn a_connection_that_breaks_before_the_news_waits_for_it() {
 }
 
 #[test]
-fn one_snapshot_at_a_time_and_a_kill_waits_for_it() {
+fn snapshots_take_turns_and_a_kill_waits_for_the_one_in_progress() {
     let home = tempfile::tempdir().unwrap();
     on_runtime(async {
         let vm = FakeVm::new(Guest::Answers);
@@ -246,12 +251,16 @@ fn one_snapshot_at_a_time_and_a_kill_waits_for_it() {
             while sandbox.exclusive.try_lock().is_ok() {
                 std::thread::yield_now();
             }
+            let mut waiting = std::pin::pin!(create_snapshot(&sandbox, None));
+            assert!(futures_now(waiting.as_mut()).is_none());
             kill = tokio::spawn({
                 let sandbox = Arc::clone(&sandbox);
                 async move { sandbox.kill().await }
             });
-            let refused = std::pin::pin!(create_snapshot(&sandbox, None));
-            assert!(matches!(futures_now(refused), Some(Err(Error::Conflict(_)))));
+            while sandbox.ended().is_none() {
+                std::thread::yield_now();
+            }
+            assert!(matches!(futures_now(waiting), Some(Err(Error::SandboxKilled(_)))));
             assert_eq!(vm.kills.load(Ordering::SeqCst), 0);
         }
         assert!(matches!(snapshot.await.unwrap(), Err(Error::StoreFull(_))));

@@ -22,6 +22,9 @@ pub struct Facts {
     pub backend_reason: String,
 }
 
+/// What to do once the content of a snapshot is fixed.
+pub(crate) type Captured = Box<dyn FnOnce() + Send>;
+
 /// The machine of one sandbox. Methods that say so block; the others return at once.
 pub(crate) trait Vm: Send + Sync + 'static {
     /// Reaches the guest's vsock ports.
@@ -34,8 +37,14 @@ pub(crate) trait Vm: Send + Sync + 'static {
     fn facts(&self) -> Facts;
     /// Last lines of the guest's console.
     fn console(&self) -> String;
-    /// Publishes a snapshot of the machine, which goes on running. Blocks.
-    fn capture(&self, store: &Arc<Store>, snapshot: NewSnapshot) -> Result<SnapshotMeta, Error>;
+    /// Publishes a snapshot of the machine, which goes on running. `captured` is called (or dropped, if it fails before) as
+    /// soon as the content is fixed and the machine may run, before anything is compressed. Blocks.
+    fn capture(
+        &self,
+        store: &Arc<Store>,
+        snapshot: NewSnapshot,
+        captured: Captured,
+    ) -> Result<SnapshotMeta, Error>;
 }
 
 /// A machine that nobody owns yet: dropped, it is stopped.

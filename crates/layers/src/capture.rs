@@ -11,12 +11,15 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::codec::Encoder;
 use crate::error::StoreError;
 use crate::extent::{Extent, ZERO_LAYER};
-use crate::format::{FRAME_BYTES, FRAME_PAGES, PAGE_SIZE, Page, ZERO_PAGE, hash};
+use crate::format::{FRAME_BYTES, FRAME_PAGES, Hash, PAGE_SIZE, Page, ZERO_PAGE, hash};
 use crate::image::Image;
+use crate::known::{Known, Stored, print};
 use crate::layer::{EncodedFrame, LayerWriter};
 
 /// Dirty pages per chunk: at most 1 MiB of content in a worker's hands.
 const CHUNK: usize = 256;
+/// Niceness of the threads that compress.
+const NICE: i32 = 10;
 /// Chunks that may be under way per worker.
 const WINDOW_PER_WORKER: usize = 4;
 
@@ -44,6 +47,8 @@ pub struct CaptureStats {
     pub zero: u64,
     /// Of these, pages equal to the parent's.
     pub same: u64,
+    /// Of these, pages whose content is stored elsewhere: in another image, or for another page.
+    pub shared: u64,
     /// Of these, pages that were stored.
     pub own: u64,
 }
@@ -57,6 +62,10 @@ pub(crate) struct Capture<'a> {
     pub(crate) threads: usize,
     /// The number that the new layer has in the writer's table.
     pub(crate) own_layer: u16,
+    /// Content that need not be stored again.
+    pub(crate) known: &'a Known,
+    /// Remember what is stored.
+    pub(crate) remember: bool,
 }
 
 /// One chunk, ready to be written.
@@ -64,7 +73,10 @@ pub(crate) struct Capture<'a> {
 struct Chunk {
     /// Frames with the pages that they hold, in slot order.
     frames: Vec<(EncodedFrame, Vec<u32>)>,
+    /// Prints and hashes of the pages in `frames`, in their order, if they are to be remembered.
+    prints: Vec<(u64, Hash)>,
     zero: Vec<u32>,
+    shared: Vec<Extent>,
     same: u64,
 }
 
@@ -107,20 +119,29 @@ impl Drop for StopOnPanic<'_> {
 }
 
 impl Capture<'_> {
-    /// Writes the own pages to `sink`; returns how the dirty pages change the parent's map.
-    pub(crate) fn run(&self, sink: &mut LayerWriter) -> Result<(Vec<Extent>, CaptureStats), StoreError> {
+    /// Writes the own pages to `sink`; returns how the dirty pages change the parent's map, and what was stored if that
+    /// is to be remembered.
+    pub(crate) fn run(
+        &self,
+        sink: &mut LayerWriter,
+    ) -> Result<(Vec<Extent>, CaptureStats, Stored), StoreError> {
         let chunks: Vec<&[u32]> = self.dirty.chunks(CHUNK).collect();
-        let mut out =
-            Output { sink, own_layer: self.own_layer, changes: Vec::new(), stats: CaptureStats::default() };
+        let mut out = Output {
+            sink,
+            own_layer: self.own_layer,
+            changes: Vec::new(),
+            stats: CaptureStats::default(),
+            stored: Stored::default(),
+        };
         let workers = self.threads.min(chunks.len());
-        if workers <= 1 {
+        if chunks.len() == 1 {
             let mut worker = Worker::new(self)?;
             chunks.iter().try_for_each(|chunk| out.take(worker.chunk(chunk)?))?;
-        } else {
+        } else if workers > 0 {
             self.run_parallel(&chunks, workers, &mut out)?;
         }
         out.stats.dirty = self.dirty.len() as u64;
-        Ok((out.changes, out.stats))
+        Ok((out.changes, out.stats, out.stored))
     }
 
     fn run_parallel(
@@ -134,6 +155,7 @@ impl Capture<'_> {
         let window = workers * WINDOW_PER_WORKER;
         std::thread::scope(|scope| {
             let work = || {
+                step_back();
                 let _stop_on_panic = StopOnPanic(&shared);
                 let mut worker = Worker::new(self);
                 loop {
@@ -191,21 +213,28 @@ struct Output<'a> {
     own_layer: u16,
     changes: Vec<Extent>,
     stats: CaptureStats,
+    stored: Stored,
 }
 
 impl Output<'_> {
     fn take(&mut self, chunk: Chunk) -> Result<(), StoreError> {
         let from = self.changes.len();
         let changed = |start, layer, slot| Extent { start, count: 1, layer, slot };
+        let mut prints = chunk.prints.iter();
         for (frame, pages) in &chunk.frames {
             let slot = self.sink.next_slot();
             self.sink.push(frame)?;
+            for (slot, (print, hash)) in (slot..).zip(prints.by_ref().take(pages.len())) {
+                self.stored.insert(*print, *hash, slot);
+            }
             self.changes
                 .extend(pages.iter().zip(slot..).map(|(page, slot)| changed(*page, self.own_layer, slot)));
             self.stats.own += pages.len() as u64;
         }
         self.changes.extend(chunk.zero.iter().map(|page| changed(*page, ZERO_LAYER, 0)));
         self.stats.zero += chunk.zero.len() as u64;
+        self.stats.shared += chunk.shared.len() as u64;
+        self.changes.extend(chunk.shared);
         self.stats.same += chunk.same;
         self.changes[from..].sort_unstable_by_key(|e| e.start);
         Ok(())
@@ -258,7 +287,12 @@ impl<'a> Worker<'a> {
             out.zero.push(page);
         } else if same_as_parent(self.capture.parent, page, content) {
             out.same += 1;
+        } else if let Some(known) = self.capture.known.find(page, content) {
+            out.shared.push(known);
         } else {
+            if self.capture.remember {
+                out.prints.push((print(content), hash(content)));
+            }
             self.own.extend_from_slice(content);
             self.own_pages.push(page);
             if self.own_pages.len() == FRAME_PAGES {
@@ -280,6 +314,12 @@ impl<'a> Worker<'a> {
         self.own.clear();
         self.own_pages.clear();
     }
+}
+
+/// Makes this thread give way to others, the guest's CPU among them: a snapshot is not in a hurry. Its own threads only; a
+/// thread's niceness is its own on Linux. Without effect where that is not permitted.
+fn step_back() {
+    let _ = rustix::process::setpriority_process(None, NICE);
 }
 
 /// Compares with the parent only when its page is decoded already, as it is for nearly every page that a guest wrote

@@ -18,6 +18,7 @@ use crate::codec::Scratch;
 use crate::error::{FormatError, ImageError, Part};
 use crate::extent::{Extent, ExtentMap, FrameIndex, ZERO_LAYER};
 use crate::format::{FRAME_BYTES, FRAME_PAGES, MAX_PAGES, PAGE_SIZE, Page, ZERO_PAGE};
+use crate::known::Prints;
 use crate::layer::Layer;
 
 /// Locks that decoding is spread over.
@@ -54,6 +55,7 @@ pub struct Image {
     shards: [Mutex<()>; SHARDS],
     frames_decoded: AtomicU64,
     touches: Mutex<Vec<PageRange>>,
+    prints: Mutex<Prints>,
 }
 
 #[derive(Debug)]
@@ -91,6 +93,7 @@ impl Image {
             shards: [const { Mutex::new(()) }; SHARDS],
             frames_decoded: AtomicU64::new(0),
             touches: Mutex::new(Vec::new()),
+            prints: Mutex::default(),
         })
     }
 
@@ -311,6 +314,22 @@ impl Image {
             Source::Raw { path, file } => read_padded(path, file, first, out),
             Source::Layers { .. } => self.read(first, out),
         }
+    }
+
+    /// Makes [`Image::find_equal`] know the pages that are decoded at this moment.
+    pub(crate) fn learn_prints(&self) {
+        let mut prints = self.prints.lock().unwrap_or_else(PoisonError::into_inner);
+        let present = |i: usize| self.present[i].load(Ordering::Acquire);
+        prints.update(self.present.len(), present, |page, content| {
+            !self.is_zero(u64::from(page)) && self.read_page(u64::from(page), content).is_ok()
+        });
+    }
+
+    /// A page with this content, of those that are known.
+    pub(crate) fn find_equal(&self, print: u64, content: &[u8]) -> Option<u32> {
+        let page = self.prints.lock().unwrap_or_else(PoisonError::into_inner).get(print)?;
+        let mut known = ZERO_PAGE;
+        (self.read_page(u64::from(page), &mut known).is_ok() && known == content).then_some(page)
     }
 
     /// The map and layers, or nothing for an image that is not made of layers.

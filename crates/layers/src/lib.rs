@@ -24,6 +24,7 @@ mod files;
 mod format;
 mod ids;
 mod image;
+mod known;
 mod layer;
 mod lock;
 mod manifest;

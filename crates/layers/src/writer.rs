@@ -13,6 +13,7 @@ use crate::files::{WorkArea, create_file};
 use crate::format::{MAX_LAYERS, MAX_PAGES, PAGE_SIZE, Page};
 use crate::ids::{BuildId, LayerId};
 use crate::image::Image;
+use crate::known::Known;
 use crate::layer::{Layer, LayerWriter};
 use crate::lock::FileLock;
 use crate::manifest::{self, Prefetch, Section, SectionId};
@@ -38,6 +39,7 @@ pub struct SnapshotWriter {
     area: Option<WorkArea>,
     /// Layers of parents; number `OWN_LAYER + 1` is the first.
     inherited: Vec<Arc<Layer>>,
+    known: Known,
     memory: ExtentMap,
     disk: ExtentMap,
     sections: Vec<Section>,
@@ -54,6 +56,7 @@ impl SnapshotWriter {
             layer: None,
             area: None,
             inherited: Vec::new(),
+            known: Known { own_layer: OWN_LAYER, ..Known::default() },
             memory: ExtentMap::zero(0),
             disk: ExtentMap::zero(0),
             sections: Vec::new(),
@@ -87,12 +90,27 @@ impl SnapshotWriter {
         dirty: impl IntoIterator<Item = u64>,
         source: &dyn PageSource,
     ) -> Result<CaptureStats, StoreError> {
-        let (map, stats) = self.image(parent, pages, dirty.into_iter().collect(), source)?;
+        let (map, stats) = self.image(parent, pages, dirty.into_iter().collect(), source, false)?;
         self.memory = map;
         Ok(stats)
     }
 
-    /// Stores the disk, like [`SnapshotWriter::memory`].
+    /// Lets pages of memory that equal a decoded page of `image`, usually the parent's disk, refer to that one's layer.
+    ///
+    /// # Errors
+    /// The snapshot would have too many layers.
+    pub fn share(&mut self, image: &Arc<Image>) -> Result<(), StoreError> {
+        image.learn_prints();
+        let mut numbers = vec![0];
+        for layer in image.layers() {
+            numbers.push(self.inherit(layer)?);
+        }
+        self.known.images.push((Arc::clone(image), numbers));
+        Ok(())
+    }
+
+    /// Stores the disk, like [`SnapshotWriter::memory`]. Pages of memory that are stored after it and equal one of these are
+    /// not stored again.
     pub fn disk(
         &mut self,
         parent: Option<&Image>,
@@ -100,7 +118,7 @@ impl SnapshotWriter {
         dirty: impl IntoIterator<Item = u64>,
         source: &dyn PageSource,
     ) -> Result<CaptureStats, StoreError> {
-        let (map, stats) = self.image(parent, pages, dirty.into_iter().collect(), source)?;
+        let (map, stats) = self.image(parent, pages, dirty.into_iter().collect(), source, true)?;
         self.disk = map;
         Ok(stats)
     }
@@ -132,6 +150,7 @@ impl SnapshotWriter {
         pages: u64,
         mut dirty: Vec<u64>,
         source: &dyn PageSource,
+        remember: bool,
     ) -> Result<(ExtentMap, CaptureStats), StoreError> {
         let count = u32::try_from(pages).ok().filter(|_| pages <= MAX_PAGES);
         let count = count.ok_or(StoreError::InvalidInput { reason: "image larger than 16 TiB" })?;
@@ -145,12 +164,12 @@ impl SnapshotWriter {
                 // A plain file has no layers to refer to: all of it is stored.
                 let source = OverRaw { raw, dirty: &dirty, source };
                 let all: Vec<u32> = (0..count).collect();
-                self.capture(None, count, &all, &source)
+                self.capture(None, count, &all, &source, remember)
             }
             parent => {
                 // All are below `count`.
                 let dirty: Vec<u32> = dirty.into_iter().map(|page| page as u32).collect();
-                self.capture(parent, count, &dirty, source)
+                self.capture(parent, count, &dirty, source, remember)
             }
         }
     }
@@ -161,10 +180,19 @@ impl SnapshotWriter {
         pages: u32,
         dirty: &[u32],
         source: &dyn PageSource,
+        remember: bool,
     ) -> Result<(ExtentMap, CaptureStats), StoreError> {
-        let (level, threads) = (self.level, self.threads);
-        let capture = Capture { parent, dirty, source, level, threads, own_layer: OWN_LAYER };
-        let (changes, stats) = capture.run(self.layer()?)?;
+        let (level, threads, own_layer) = (self.level, self.threads, OWN_LAYER);
+        // What a disk holds twice is not worth a search.
+        let (nothing, known) = (Known::default(), std::mem::take(&mut self.known));
+        let used = if remember { &nothing } else { &known };
+        let capture = Capture { parent, dirty, source, level, threads, own_layer, known: used, remember };
+        let captured = self.layer().and_then(|layer| capture.run(layer));
+        self.known = known;
+        let (changes, stats, stored) = captured?;
+        if remember {
+            self.known.stored = stored;
+        }
         let mut translate = vec![0];
         for layer in parent.map_or(&[][..], Image::layers) {
             translate.push(self.inherit(layer)?);

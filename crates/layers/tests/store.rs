@@ -525,3 +525,42 @@ fn many_threads_decode_each_frame_once() {
     });
     assert_eq!(snapshot.memory().frames_decoded(), 128);
 }
+
+#[test]
+fn memory_that_equals_the_disk_is_stored_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    // More than one chunk, so that all cores take part; memory holds the file backwards, as a page cache may.
+    let disk = Pages::of((0..600).map(|p| (p, noise(p))));
+    let cache = Pages::of((0..600).map(|p| (2000 - p, noise(p))).chain([(5, mixed(1)), (6, filled(0))]));
+    let mut writer = store.writer();
+    let stats = writer.disk(None, 1000, disk.numbers(), &disk).unwrap();
+    assert_eq!((stats.own, stats.shared), (600, 0));
+    let stats = writer.memory(None, 4096, cache.numbers(), &cache).unwrap();
+    assert_eq!((stats.dirty, stats.zero, stats.shared, stats.own), (602, 1, 600, 1));
+    let meta = writer.publish(NewSnapshot::default()).unwrap();
+    assert!(meta.own_bytes < 610 * PAGE_SIZE as u64, "{}", meta.own_bytes);
+    let base = store.open_snapshot(&meta.id).unwrap();
+    for (number, want) in &cache.0 {
+        assert_eq!(page(&base, *number), **want, "{number}");
+    }
+
+    // Of the parent's disk, what is decoded is known.
+    base.disk().ensure(100, 50).unwrap();
+    let decoded: Vec<u64> = (0..600).filter(|p| base.disk().is_present(*p)).collect();
+    assert!((50..100).contains(&decoded.len()));
+    let read = Pages::of((0..600).map(|p| (p, noise(p))).chain([(700, mixed(7))]));
+    let mut writer = store.writer();
+    writer.share(base.disk()).unwrap();
+    writer.disk(Some(base.disk()), 1000, [], &Pages::default()).unwrap();
+    let stats = writer.memory(None, 4096, read.numbers(), &read).unwrap();
+    assert_eq!((stats.shared, stats.own), (decoded.len() as u64, 601 - decoded.len() as u64));
+    let child = writer.publish(NewSnapshot::default()).unwrap();
+    drop(base);
+    assert!(store.delete(&meta.id).unwrap());
+    let child = store.open_snapshot(&child.id).unwrap();
+    for (number, want) in &read.0 {
+        assert_eq!(page(&child, *number), **want, "{number}");
+    }
+    assert_clean(&store);
+}

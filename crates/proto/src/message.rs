@@ -70,14 +70,14 @@ pub struct Info {
     pub operations: Vec<String>,
     /// Time since the guest's kernel booted, in nanoseconds.
     pub uptime_ns: u64,
-    /// The kernel's boot id: equal in a snapshot and all its copies, new after a boot.
+    /// The boot id that the guest's processes see: new after a boot, and after each [`Identify`].
     pub boot_id: String,
     /// The sandbox id of the last [`Identify`].
     pub sandbox_id: Option<String>,
 }
 
 /// Tells a fresh or copied guest who it is. The agent carries it out before it starts any further process, and thaws those that
-/// were frozen for the snapshot.
+/// were frozen for the snapshot. It also makes a new boot id.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Identify {
@@ -108,6 +108,9 @@ pub struct Identify {
 pub struct Identified {
     /// What could not be set; never a reason to give the guest up.
     pub warnings: Vec<String>,
+    /// Programs of the guest that are to be run now, as root and one after the other: `/etc/amberbox/restore.d/*`, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub hooks: Vec<String>,
 }
 
 /// Size of a terminal.

@@ -122,7 +122,7 @@ fn samples() -> Vec<Sample> {
             default_user: Some("user".into()),
             default_workdir: None,
         }),
-        reply::<Identify>(Identified { warnings: vec!["w".into()] }),
+        reply::<Identify>(Identified { warnings: vec!["w".into()], hooks: Vec::new() }),
         request(Exec {
             cmd: "/bin/bash".into(),
             args: vec!["-l".into(), "-c".into(), "echo ü".into()],

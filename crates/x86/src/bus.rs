@@ -14,6 +14,10 @@ impl PageFlags {
     /// The CPU holds decoded instructions of this page: writers must report it (see
     /// [`GuestRam::take_code_writes`]).
     pub const CODE: u8 = 4;
+    /// A snapshot in the making still needs the page's present content: whoever is about to write must have
+    /// [`GuestRam::preserve`] done first. Never together with `DIRTY`, so that asking costs nothing where writes are
+    /// quick.
+    pub const CAPTURE: u8 = 8;
 }
 
 /// Guest RAM as the CPU sees it: one contiguous host mapping, addressed by page index.
@@ -38,6 +42,8 @@ pub unsafe trait GuestRam: Send + Sync {
     /// # Errors
     /// A description of why the page cannot be had; the CPU then stops with [`Exit::RamFault`](crate::Exit).
     fn fill(&self, page: u64) -> Result<(), String>;
+    /// Before the first write to a page with [`PageFlags::CAPTURE`]: keeps its content for the snapshot and clears the flag.
+    fn preserve(&self, _page: u64) {}
     /// Moves the page indices that devices wrote while they had [`PageFlags::CODE`] to `out`; called by the CPU after
     /// [`Kick::code_written`](crate::Kick::code_written).
     fn take_code_writes(&self, out: &mut Vec<u64>);

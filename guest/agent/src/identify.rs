@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use amber_proto::{Identified, Identify, Info, VERSION};
@@ -23,6 +23,18 @@ const MAX_HOSTS: usize = 64 << 10;
 /// Bytes of entropy that are used.
 const MAX_ENTROPY: usize = 512;
 
+/// Where programs read the id of this boot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The file that is mounted there: the kernel's own value is the same in all copies of a snapshot.
+const OWN_BOOT_ID: &str = "/run/amberbox/boot_id";
+
+/// Programs to run after a restore, below `/etc`.
+const HOOKS: &str = "amberbox/restore.d";
+
+/// Programs of [`HOOKS`] that are run at most.
+const MAX_HOOKS: usize = 64;
+
 /// The address that Debian gives the host's own name.
 const OWN_ADDRESS: &str = "127.0.1.1";
 
@@ -32,7 +44,7 @@ const FACTS: &str = "/run/e2b";
 /// What the agent says about itself.
 pub(crate) fn info(state: &State) -> Info {
     let uptime = rustix::time::clock_gettime(ClockId::Boottime);
-    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot_id = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
     Info {
         agent: env!("CARGO_PKG_VERSION").to_owned(),
         protocol: VERSION,
@@ -58,6 +70,7 @@ pub(crate) fn identify(state: &State, request: Identify) -> Identified {
         if let Some(now) = request.wall_clock_ns {
             check("Clock", rustix::time::clock_settime(ClockId::Realtime, timespec(now)).map_err(Into::into));
         }
+        check(BOOT_ID, renew_boot_id(Path::new(BOOT_ID), Path::new(OWN_BOOT_ID)));
     }
     if let Some(name) = request.hostname.as_deref().filter(|name| !name.is_empty()) {
         if settings.system {
@@ -85,12 +98,12 @@ pub(crate) fn identify(state: &State, request: Identify) -> Identified {
         settings.default_user = user;
     }
     settings.default_workdir = request.default_workdir.or(settings.default_workdir);
-    state.set_settings(settings);
+    state.set_settings(settings.clone());
     // Processes that were stopped for the snapshot go on only now.
     if let Err(Failure::Remote(error)) = freeze::thaw(state) {
         warnings.push(error.message);
     }
-    Identified { warnings }
+    Identified { warnings, hooks: hooks(&settings.etc) }
 }
 
 /// Credits entropy to the kernel's pool and makes it derive new keys at once: until then, copies of one snapshot draw equal numbers.
@@ -125,6 +138,45 @@ fn add_entropy(entropy: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives the guest a boot id of its own: a random UUID in a file that is mounted over the kernel's.
+fn renew_boot_id(shown: &Path, own: &Path) -> io::Result<()> {
+    let mut bytes = [0; 16];
+    rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    let text = format!("{}\n", uuid(bytes));
+    if let Some(dir) = own.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    rewrite(own, text.as_bytes())?;
+    if std::fs::read_to_string(shown)? != text {
+        rustix::mount::mount_bind(own, shown)?;
+    }
+    Ok(())
+}
+
+/// A version 4 UUID of random bytes.
+fn uuid(mut bytes: [u8; 16]) -> String {
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex = |part: &[u8]| part.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    [&bytes[..4], &bytes[4..6], &bytes[6..8], &bytes[8..10], &bytes[10..]].map(hex).join("-")
+}
+
+/// The programs that the guest wants run after a restore: executable files, in the order of their names.
+fn hooks(etc: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(etc.join(HOOKS)) else { return Vec::new() };
+    let runnable = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
+    };
+    let mut found: Vec<String> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| runnable(path))
+        .filter_map(|path| path.into_os_string().into_string().ok())
+        .collect();
+    found.sort_unstable();
+    found.truncate(MAX_HOOKS);
+    found
 }
 
 /// Opens a regular file for reading and writing; links, FIFOs and devices in its place are refused.
@@ -223,6 +275,34 @@ mod tests {
         );
         rewrite(&path, b"short\n").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "short\n");
+    }
+
+    #[test]
+    fn finds_hooks_that_can_be_run() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(hooks(dir.path()), Vec::<String>::new());
+        let place = dir.path().join(HOOKS);
+        std::fs::create_dir_all(place.join("30-directory")).unwrap();
+        for (name, mode) in [("20-second", 0o755), ("10-first", 0o700), ("15-not-executable", 0o644)] {
+            std::fs::write(place.join(name), "#!/bin/sh\n").unwrap();
+            std::fs::set_permissions(place.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let paths = ["10-first", "20-second"].map(|name| place.join(name).to_str().unwrap().to_owned());
+        assert_eq!(hooks(dir.path()), paths);
+    }
+
+    #[test]
+    fn boot_ids_are_uuids_and_new_each_time() {
+        assert_eq!(uuid([0xff; 16]), "ffffffff-ffff-4fff-bfff-ffffffffffff");
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("run/boot_id");
+        // As if it were mounted already: both are one file.
+        let read = || {
+            renew_boot_id(&own, &own).unwrap();
+            std::fs::read_to_string(&own).unwrap()
+        };
+        let (one, two) = (read(), read());
+        assert!(one != two && one.len() == 37 && two.len() == 37, "{one} {two}");
     }
 
     #[test]

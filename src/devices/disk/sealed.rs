@@ -109,7 +109,7 @@ mod tests {
         disk.discard(40 * BLOCK, BLOCK).unwrap();
         let expected = content(&disk);
 
-        let frozen = disk.freeze(Storage::Memory).unwrap();
+        let frozen = disk.freeze(disk.aside(Storage::Memory).unwrap()).unwrap();
         disk.write_at(0, &[0xff; 8 * BLOCK_SIZE]).unwrap();
         let mut writer = store.writer();
         writer.disk(Some(base.as_ref()), PAGES, frozen.dirty_blocks(), &frozen).unwrap();

@@ -93,9 +93,11 @@ proptest! {
 
         let mut captured = model.clone();
         captured.resize((disk.0.blocks * BLOCK) as usize, 0);
-        let frozen = disk.freeze(Storage::Memory).unwrap();
+        let before = disk.dirty();
+        let frozen = disk.freeze(disk.aside(Storage::Memory).unwrap()).unwrap();
         let dirty = frozen.dirty();
-        prop_assert_eq!(&dirty, &disk.dirty());
+        prop_assert_eq!(&dirty, &before);
+        prop_assert!(disk.dirty().is_empty());
         for change in &during {
             apply(&disk, &mut model, change);
             prop_assert!(content(&disk) == model);
@@ -103,7 +105,8 @@ proptest! {
         prop_assert_eq!(frozen.dirty(), dirty.clone());
         for block in 0..disk.0.blocks {
             let mut data = [0xee; BLOCK_SIZE];
-            frozen.read_block(block, &mut data).unwrap();
+            let read = frozen.read_block(block, &mut data);
+            prop_assert!(read.is_ok());
             prop_assert!(data[..] == captured[block as usize * BLOCK_SIZE..][..BLOCK_SIZE], "block {}", block);
             if dirty.iter().any(|run| run.zero && (run.first..run.first + run.count).contains(&block)) {
                 prop_assert!(data.iter().all(|&b| b == 0));
@@ -119,6 +122,62 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn captures_in_a_row_each_hold_what_changed(
+        mapped in any::<bool>(),
+        rounds in proptest::collection::vec((changes(), changes(), any::<bool>()), 1..6),
+    ) {
+        let base = Arc::new(Pattern { len: LEN, mapped });
+        let disk = Overlay::new(Some(base), LEN, Storage::Memory).unwrap();
+        let mut model: Vec<u8> = (0..LEN).map(pattern).collect();
+        let mut snapshot = model.clone();
+        snapshot.resize((disk.0.blocks * BLOCK) as usize, 0);
+        for (before, during, commit) in rounds {
+            before.iter().for_each(|change| apply(&disk, &mut model, change));
+            let mut want = model.clone();
+            want.resize(snapshot.len(), 0);
+            let frozen = disk.freeze(disk.aside(Storage::Memory).unwrap()).unwrap();
+            during.iter().for_each(|change| apply(&disk, &mut model, change));
+            let mut next = snapshot.clone();
+            for block in frozen.dirty_blocks() {
+                let mut data = [0xee; BLOCK_SIZE];
+                frozen.read_block(block, &mut data).unwrap();
+                next[block as usize * BLOCK_SIZE..][..BLOCK_SIZE].copy_from_slice(&data);
+            }
+            prop_assert!(next == want);
+            if commit {
+                frozen.commit();
+                snapshot = next;
+            }
+            prop_assert!(content(&disk) == model);
+        }
+    }
+}
+
+#[test]
+fn what_a_snapshot_holds_is_not_captured_again() {
+    let disk = overlay(LEN, Storage::Memory);
+    let capture = || disk.freeze(disk.aside(Storage::Memory).unwrap()).unwrap();
+    disk.write_at(0, &[1; 8 * BLOCK_SIZE]).unwrap();
+    let first = capture();
+    disk.write_at(BLOCK, &[2; BLOCK_SIZE]).unwrap();
+    first.commit();
+    let second = capture();
+    assert_eq!(second.dirty(), [DirtyRun { first: 1, count: 1, zero: false }]);
+    assert!(second.read_block(0, &mut [0; BLOCK_SIZE]).is_err(), "owned, and not captured");
+    drop(second);
+    disk.discard(0, BLOCK).unwrap();
+    let third = capture();
+    assert_eq!(
+        third.dirty(),
+        [DirtyRun { first: 0, count: 1, zero: true }, DirtyRun { first: 1, count: 1, zero: false }]
+    );
+    third.commit();
+    assert_eq!(capture().dirty(), []);
 }
 
 #[test]
@@ -187,12 +246,13 @@ fn a_failed_write_leaves_the_old_content() {
 #[test]
 fn one_capture_at_a_time() {
     let disk = overlay(LEN, Storage::Memory);
-    let frozen = disk.freeze(Storage::Memory).unwrap();
-    assert_eq!(disk.freeze(Storage::Memory).err().unwrap().kind(), io::ErrorKind::ResourceBusy);
+    let aside = || disk.aside(Storage::Memory).unwrap();
+    let frozen = disk.freeze(aside()).unwrap();
+    assert_eq!(disk.freeze(aside()).err().unwrap().kind(), io::ErrorKind::ResourceBusy);
     assert_eq!(frozen.blocks(), LEN.div_ceil(BLOCK));
     assert!(frozen.read_block(frozen.blocks(), &mut [0; BLOCK_SIZE]).is_err());
     drop(frozen);
-    assert!(disk.freeze(Storage::Memory).is_ok());
+    assert!(disk.freeze(aside()).is_ok());
 }
 
 #[test]

@@ -7,8 +7,10 @@
 //! until then the memfd holds zeros there, and a write would lose what should have been beneath it.
 //!
 //! Two users see it: the CPU ([`amber_x86::GuestRam`]), which folds the flags into its TLB, and the devices
-//! (`vm-memory`, see [`view`]), which pay for a look at the flags with every access.
+//! (`vm-memory`, see [`view`]), which pay for a look at the flags with every access. What a snapshot needs of the pages
+//! is kept behind the running guest ([`capture`]).
 
+pub mod capture;
 pub mod view;
 
 use std::fmt;
@@ -21,6 +23,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use amber_x86::{GuestRam, PageFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use self::capture::Aside;
 use super::platform::{MemoryMap, PAGE_SIZE};
 
 /// A run of zero pages at least this long is anonymous memory; a shorter one is left to the memfd, whose holes read
@@ -96,6 +99,8 @@ pub struct Ram {
     source: Option<Arc<dyn PageSource>>,
     code_writes: Mutex<Vec<u64>>,
     code_listener: OnceLock<CodeListener>,
+    /// What the guest overwrote of pages that a capture has not read yet.
+    aside: Mutex<Aside>,
 }
 
 impl fmt::Debug for Ram {
@@ -172,7 +177,8 @@ impl Ram {
             let _ = madvise(mapping.start.as_ptr().cast(), len, Advice::LinuxDontFork);
             let _ = madvise(mapping.start.as_ptr().cast(), len, Advice::LinuxDontDump);
         }
-        Ok(Ram { map, mapping, flags, source, code_writes: Mutex::default(), code_listener: OnceLock::new() })
+        let (code_writes, code_listener, aside) = (Mutex::default(), OnceLock::new(), Mutex::default());
+        Ok(Ram { map, mapping, flags, source, code_writes, code_listener, aside })
     }
 
     /// Where this RAM is in the guest's physical address space.
@@ -194,7 +200,7 @@ impl Ram {
         let mut pa = pa;
         while !rest.is_empty() {
             let page = self.map.page_of(pa).ok_or_else(|| format!("Address {pa:#x} is not in RAM"))?;
-            self.ensure_present(page, page)?;
+            self.ready(page, page)?;
             let offset = pa % PAGE_SIZE;
             let (now, later) = rest.split_at(rest.len().min((PAGE_SIZE - offset) as usize));
             // SAFETY: the page lies within the mapping and the piece within the page; no reference to guest memory
@@ -210,11 +216,16 @@ impl Ram {
         Ok(())
     }
 
-    /// Makes sure that all of a range of pages is present. The range must be within RAM.
-    fn ensure_present(&self, first: u64, last: u64) -> Result<(), String> {
+    /// Makes sure that all of a range of pages is present and may be written. The range must be within RAM.
+    fn ready(&self, first: u64, last: u64) -> Result<(), String> {
         for page in first..=last {
-            if self.flags[page as usize].load(Ordering::Acquire) & PageFlags::PRESENT == 0 {
+            let flags = self.flags[page as usize].load(Ordering::Acquire);
+            if flags & PageFlags::PRESENT == 0 {
                 self.fill(page)?;
+            }
+            // Devices do not say whether they will write; keeping a page that is only read costs a copy.
+            if flags & PageFlags::CAPTURE != 0 {
+                self.preserve(page);
             }
         }
         Ok(())
@@ -227,30 +238,6 @@ impl Ram {
             self.code_writes.lock().unwrap_or_else(PoisonError::into_inner).push(page);
             if let Some(listener) = self.code_listener.get() {
                 listener();
-            }
-        }
-    }
-
-    /// The pages that differ from the image that RAM was restored from (from zeros, without one), and resets that
-    /// knowledge: the caller is about to seal them in a new image. Nobody may write meanwhile, and the CPU must forget
-    /// which pages it may write before it runs again.
-    pub fn take_dirty(&self) -> Vec<u64> {
-        let mut dirty = Vec::new();
-        for (page, flag) in self.flags.iter().enumerate() {
-            // Most are clean: look before touching the cache line.
-            if flag.load(Ordering::Relaxed) & PageFlags::DIRTY != 0 {
-                flag.fetch_and(!PageFlags::DIRTY, Ordering::AcqRel);
-                dirty.push(page as u64);
-            }
-        }
-        dirty
-    }
-
-    /// Marks pages dirty again, whose sealing failed.
-    pub fn restore_dirty(&self, pages: &[u64]) {
-        for &page in pages {
-            if let Some(flag) = self.flags.get(page as usize) {
-                flag.fetch_or(PageFlags::DIRTY, Ordering::AcqRel);
             }
         }
     }
@@ -319,6 +306,10 @@ unsafe impl GuestRam for Ram {
             flag.fetch_or(PageFlags::PRESENT, Ordering::Release);
         }
         Ok(())
+    }
+
+    fn preserve(&self, page: u64) {
+        self.set_aside(page);
     }
 
     fn take_code_writes(&self, out: &mut Vec<u64>) {
@@ -462,20 +453,6 @@ pub(crate) mod tests {
         }
         let image = Arc::new(TestImage::new(65, &[]));
         assert!(matches!(Ram::restore(MemoryMap::with_pages(64), image), Err(RamError::Size { .. })));
-    }
-
-    #[test]
-    fn taking_the_dirty_pages_leaves_none_and_failure_brings_them_back() {
-        let ram = Ram::new(MemoryMap::with_pages(64)).unwrap();
-        for page in [0, 9, 63] {
-            ram.device_wrote(page);
-        }
-        ram.device_wrote(64); // Beyond RAM: ignored.
-        let dirty = ram.take_dirty();
-        assert_eq!(dirty, [0, 9, 63]);
-        assert_eq!(ram.counts(), (0, 0));
-        ram.restore_dirty(&dirty);
-        assert_eq!(ram.take_dirty(), dirty);
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl GuestMemoryRegion for RamRegion {
         let ram = &self.bitmap.ram;
         if count > 0 {
             let page = |offset: u64| self.bitmap.first + offset / PAGE_SIZE;
-            ram.ensure_present(page(offset.0), page(offset.0 + count as u64 - 1))
+            ram.ready(page(offset.0), page(offset.0 + count as u64 - 1))
                 .map_err(|reason| GuestMemoryError::IOError(std::io::Error::other(reason)))?;
         }
         let start = self.bitmap.first * PAGE_SIZE + offset.0;
@@ -222,7 +222,7 @@ mod tests {
         mem.write_slice(&[1; 8192], GuestAddress(49 * 4096 + 1)).unwrap();
         let page: [u8; 2] = mem.read_obj(GuestAddress(51 * 4096)).unwrap();
         assert_eq!(page, [1, TestImage::byte(51)]);
-        assert_eq!(ram.take_dirty(), [49, 50, 51]);
+        assert_eq!(ram.take_dirty(0), [49, 50, 51]);
         let mut code = Vec::new();
         ram.take_code_writes(&mut code);
         assert_eq!(code, [50]);
@@ -249,7 +249,7 @@ mod tests {
         let mem = view(&ram).unwrap();
         assert_eq!(mem.num_regions(), 2);
         mem.write_obj(0x5au8, GuestAddress(HIGH_RAM + 5)).unwrap();
-        assert_eq!(ram.take_dirty(), [LOW_RAM_END / PAGE_SIZE]);
+        assert_eq!(ram.take_dirty(0), [LOW_RAM_END / PAGE_SIZE]);
         let mut page = [0; 4096];
         ram.copy_page(LOW_RAM_END / PAGE_SIZE, &mut page);
         assert_eq!(page[5], 0x5a);

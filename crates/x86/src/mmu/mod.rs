@@ -150,10 +150,13 @@ impl Cpu {
         }
     }
 
-    /// Marks a RAM page as changed.
+    /// Marks a RAM page as changed, before it is.
     #[inline(always)]
     unsafe fn mark_dirty(&self, page: u64, flags: u8) {
         if flags & PageFlags::DIRTY == 0 {
+            if flags & PageFlags::CAPTURE != 0 {
+                self.ram.preserve(page);
+            }
             self.page_flags(page).fetch_or(PageFlags::DIRTY, Ordering::Relaxed);
         }
     }
