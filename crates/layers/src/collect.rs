@@ -1,6 +1,7 @@
 //! Deleting snapshots and collecting what nobody needs any more (SNAPSHOT.md, section 5.3).
 //!
-//! A layer is removed when no manifest names it and nobody has it open. Manifests are the only truth: there is no
+//! A layer is removed when no manifest names it and nobody is about to publish one that does; who has it open keeps its
+//! content until they close it. Manifests are the only truth: there is no
 //! reference count on disk that a crash could leave wrong. If one manifest cannot be read, no layer is removed.
 
 use std::collections::{HashMap, HashSet};
@@ -23,7 +24,7 @@ pub struct Collected {
     pub layers: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Layers that no snapshot names, kept because somebody still has them open.
+    /// Layers that no snapshot names yet, kept because they are being published.
     pub in_use: u64,
     /// Manifests that could not be read. While there are any, no layer is removed.
     pub unreadable: u64,
@@ -68,13 +69,24 @@ impl Store {
     /// Deletes a snapshot with all its tags, and the layers that nobody else needs. `false` when there is none;
     /// [`StoreError::InUse`] while somebody, in any process, has it open.
     pub fn delete(&self, id: &SnapshotId) -> Result<bool, StoreError> {
+        self.remove(id, false)
+    }
+
+    /// Deletes a snapshot as [`Store::delete`] does, even if somebody has it open: they run on, and the bytes come back
+    /// when the last of them has ended.
+    pub fn delete_forced(&self, id: &SnapshotId) -> Result<bool, StoreError> {
+        self.remove(id, true)
+    }
+
+    fn remove(&self, id: &SnapshotId, force: bool) -> Result<bool, StoreError> {
         let _store = self.lock_exclusive()?;
         let dir = self.snapshot_dir(id);
         let lock = match FileLock::try_exclusive(&dir.join(LOCK_NAME)) {
             Err(e) if is_gone(&e) => return Ok(false),
             Err(e) => return Err(StoreError::write("lock", &dir, e)),
+            Ok(Ok(lock)) => Some(lock),
+            Ok(Err(_)) if force => None,
             Ok(Err(file)) => return Err(StoreError::InUse { id: id.clone(), holders: holders(&file) }),
-            Ok(Ok(lock)) => lock,
         };
         let name = random_text().map_err(|e| StoreError::write("delete", &dir, e))?;
         let doomed = self.tmp_dir().join(name);
@@ -88,7 +100,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Removes layers that no snapshot names and nobody has open, and the leftovers of dead processes.
+    /// Removes layers that no snapshot names, and the leftovers of dead processes.
     pub fn gc(&self) -> Result<Collected, StoreError> {
         self.writable()?;
         let dead = dead_work_areas(&self.tmp_dir())?;
@@ -142,7 +154,7 @@ impl Store {
         Ok(collected)
     }
 
-    fn layer_files(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
+    pub(crate) fn layer_files(&self) -> Result<Vec<(LayerId, PathBuf)>, StoreError> {
         let dir = self.layers_dir();
         let names = names_in(&dir)?.into_iter();
         let id = |name: &str| name.strip_suffix(LAYER_SUFFIX).and_then(LayerId::parse);
@@ -153,7 +165,7 @@ impl Store {
     pub fn verify(&self) -> Result<Verified, StoreError> {
         let mut out = Verified::default();
         let mut users: HashMap<LayerId, Vec<(SnapshotId, String)>> = HashMap::new();
-        // The layers found now are opened (and thereby locked) before anybody can remove them.
+        // The layers found now are opened before anybody can remove them.
         let mut open = Vec::new();
         {
             let _store = self.lock_shared()?;
@@ -244,7 +256,7 @@ fn remove_all(dead: Vec<(PathBuf, FileLock)>) {
     }
 }
 
-/// Removes a layer unless somebody has it open.
+/// Removes a layer unless it is being published.
 fn remove_layer(path: &Path) -> io::Result<Option<u64>> {
     // Network file systems grant exclusive locks to writers only; others do not ask, and the file may belong to root.
     let file = OpenOptions::new().read(true).write(true).open(path).or_else(|_| File::open(path))?;

@@ -195,6 +195,16 @@ pub enum StoreError {
         /// The cause.
         source: io::Error,
     },
+    /// The store would become larger than it may. Nothing was published.
+    #[error("The store {} has {used} of {quota} bytes, which leaves no room for this snapshot. Delete snapshots, or raise the quota", .store.display())]
+    Quota {
+        /// The store.
+        store: PathBuf,
+        /// What it may have, in bytes.
+        quota: u64,
+        /// What it has, in bytes.
+        used: u64,
+    },
     /// A name, tag or id breaks the rules.
     #[error("'{name}' is not a valid {what}: use {rule}")]
     InvalidName {

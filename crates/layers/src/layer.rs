@@ -14,7 +14,6 @@ use crate::format::{
     FORMAT_VERSION, FRAME_PAGES, HEADER_LEN, Hash, LAYER_MAGIC, MAX_FRAMES, PAGE_SIZE, Reader, hash,
 };
 use crate::ids::LayerId;
-use crate::lock::FileLock;
 
 const BYTES_PER_FRAME: u64 = 4 + 1 + 1 + 16;
 /// Stored bytes are gathered before they are written.
@@ -30,42 +29,21 @@ struct Frame {
     hash: Hash,
 }
 
-/// An open layer. While it is open it holds a shared lock, so that no collector removes it.
+/// An open layer. A collector may take its name away; its content stays as long as it is open.
 #[derive(Debug)]
 pub(crate) struct Layer {
     id: LayerId,
     path: PathBuf,
-    file: LayerFile,
+    file: File,
     frames: Vec<Frame>,
     file_len: u64,
 }
 
-#[derive(Debug)]
-enum LayerFile {
-    Locked(FileLock),
-    /// A read-only store cannot be locked; nothing is ever removed from it by us.
-    Plain(File),
-}
-
-impl LayerFile {
-    fn file(&self) -> &File {
-        match self {
-            LayerFile::Locked(lock) => lock.file(),
-            LayerFile::Plain(file) => file,
-        }
-    }
-}
-
 impl Layer {
-    /// Opens a layer and checks header and index against its name. `lock` waits for a shared lock first.
-    pub(crate) fn open(path: &Path, id: LayerId, lock: bool) -> Result<Layer, StoreError> {
+    /// Opens a layer and checks header and index against its name.
+    pub(crate) fn open(path: &Path, id: LayerId) -> Result<Layer, StoreError> {
         let file = File::open(path).map_err(|e| StoreError::read(path, e))?;
-        let file = if lock {
-            LayerFile::Locked(FileLock::shared_on(file).map_err(|e| StoreError::read(path, e))?)
-        } else {
-            LayerFile::Plain(file)
-        };
-        let (frames, file_len) = read_index(path, file.file(), id)?;
+        let (frames, file_len) = read_index(path, &file, id)?;
         Ok(Layer { id, path: path.to_owned(), file, frames, file_len })
     }
 
@@ -78,7 +56,7 @@ impl Layer {
     }
 
     pub(crate) fn file(&self) -> &File {
-        self.file.file()
+        &self.file
     }
 
     pub(crate) fn file_len(&self) -> u64 {
@@ -106,9 +84,9 @@ impl Layer {
         let frame = self.frames.get(number as usize).ok_or_else(|| bad("no such frame"))?;
         // At most FRAME_BYTES: checked with the index.
         let stored = &mut scratch.stored[..frame.stored as usize];
-        self.file.file().read_exact_at(stored, frame.offset).map_err(|e| match e.kind() {
+        self.file.read_exact_at(stored, frame.offset).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => {
-                let found = self.file.file().metadata().map_or(0, |m| m.len());
+                let found = self.file.metadata().map_or(0, |m| m.len());
                 FormatError::Truncated { file: self.path.clone(), expected: self.file_len, found }.into()
             }
             _ => ImageError::Read { path: self.path.clone(), source: e },
@@ -359,7 +337,7 @@ mod tests {
     }
 
     fn open(path: &Path, id: LayerId) -> Result<Layer, FormatError> {
-        Layer::open(path, id, true).map_err(|e| match e {
+        Layer::open(path, id).map_err(|e| match e {
             StoreError::Format(e) => e,
             e => panic!("{e}"),
         })

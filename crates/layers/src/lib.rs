@@ -31,6 +31,7 @@ mod manifest;
 mod meta;
 mod publish;
 mod store;
+mod transfer;
 mod writer;
 
 pub use capture::{CaptureStats, PageSource};
@@ -42,4 +43,5 @@ pub use image::{Image, PageKind, PageRange};
 pub use manifest::{Prefetch, Section, SectionId};
 pub use meta::{Kind, ListFilter, NewSnapshot, Parent, SnapshotMeta};
 pub use store::{Snapshot, Store};
+pub use transfer::Exported;
 pub use writer::{DEFAULT_LEVEL, SnapshotWriter};

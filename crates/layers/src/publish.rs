@@ -87,7 +87,7 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                 // The same content was stored before. Use that file, unless it was damaged.
                 let existing = lock_file(&target)?;
-                let intact = Layer::open(&target, own.id, true).is_ok_and(|layer| layer.verify().is_ok());
+                let intact = Layer::open(&target, own.id).is_ok_and(|layer| layer.verify().is_ok());
                 if intact {
                     return Ok(Some(existing));
                 }
@@ -117,7 +117,7 @@ impl Store {
             }
         }
         // What was linked by name is checked against that name.
-        let opened = Layer::open(&target, layer.id(), true);
+        let opened = Layer::open(&target, layer.id());
         if let Err(e) = opened {
             let _ = fs::remove_file(&target);
             return Err(e);

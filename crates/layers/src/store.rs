@@ -8,6 +8,7 @@ use std::fs;
 use std::hash::Hash;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::error::{FormatError, Part, StoreError};
@@ -36,15 +37,19 @@ pub struct Store {
     dir: PathBuf,
     read_only: bool,
     cache: Mutex<Cache>,
+    /// The most bytes that layers and manifests may have; 0 is no limit.
+    quota: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Cache {
     layers: HashMap<LayerId, Weak<Layer>>,
     snapshots: HashMap<(SnapshotId, BuildId), Weak<Snapshot>>,
+    /// Images that outlive their snapshot: whoever keeps them spares the next opener their decoding.
+    images: HashMap<(SnapshotId, BuildId), (Weak<Image>, Weak<Image>)>,
 }
 
-/// An open snapshot. It cannot be deleted, and its layers cannot vanish, while it exists in any process.
+/// An open snapshot. While it exists, in any process, it is deleted only by force, and its content stays even then.
 #[derive(Debug)]
 pub struct Snapshot {
     meta: SnapshotMeta,
@@ -112,7 +117,7 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Store, StoreError> {
         create_dirs(dir)?;
         let dir = dir.canonicalize().map_err(|e| StoreError::read(dir, e))?;
-        let store = Store { dir, read_only: false, cache: Mutex::default() };
+        let store = Store { dir, read_only: false, cache: Mutex::default(), quota: AtomicU64::new(0) };
         if !store.check_marker()? {
             store.initialize()?;
         }
@@ -128,7 +133,7 @@ impl Store {
     /// Opens an existing store without ever writing to it: a template that was installed read-only.
     pub fn open_read_only(dir: &Path) -> Result<Store, StoreError> {
         let dir = dir.canonicalize().map_err(|e| StoreError::read(dir, e))?;
-        let store = Store { dir, read_only: true, cache: Mutex::default() };
+        let store = Store { dir, read_only: true, cache: Mutex::default(), quota: AtomicU64::new(0) };
         if store.check_marker()? {
             Ok(store)
         } else {
@@ -139,6 +144,34 @@ impl Store {
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Sets how many bytes the layers and manifests of the store may have for this process to add more; `None` is no limit.
+    pub fn set_quota(&self, bytes: Option<u64>) {
+        self.quota.store(bytes.map_or(0, |bytes| bytes.max(1)), Ordering::Relaxed);
+    }
+
+    /// The quota and what is used of it; nothing without a quota.
+    pub(crate) fn quota(&self) -> Result<Option<(u64, u64)>, StoreError> {
+        let quota = self.quota.load(Ordering::Relaxed);
+        if quota == 0 {
+            return Ok(None);
+        }
+        let mut files: Vec<PathBuf> = self.layer_files()?.into_iter().map(|(_, path)| path).collect();
+        files.extend(self.manifests()?.iter().map(|(id, tag)| self.manifest_path(id, tag)));
+        // What is removed meanwhile is not used any more.
+        let used = files.iter().filter_map(|path| fs::metadata(path).ok()).map(|found| found.len()).sum();
+        Ok(Some((quota, used)))
+    }
+
+    /// Refuses to add `bytes` when that would exceed the quota.
+    pub(crate) fn check_quota(&self, bytes: u64) -> Result<(), StoreError> {
+        match self.quota()? {
+            Some((quota, used)) if used.saturating_add(bytes) > quota => {
+                Err(StoreError::Quota { store: self.dir.clone(), quota, used })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_marker(&self) -> Result<bool, StoreError> {
@@ -346,10 +379,17 @@ impl Store {
         let layers = manifest.layers()?;
         let layers =
             layers.into_iter().map(|id| self.layer(&mut cache, id)).collect::<Result<Vec<_>, _>>()?;
-        // From here on the layers are locked one by one.
+        // From here on a collector may take the layers' names away, but not their content.
         drop(store_lock);
-        let memory = read_image(&manifest, SectionId::MEMORY, &layers)?;
-        let disk = read_image(&manifest, SectionId::DISK, &layers)?;
+        let known =
+            cache.images.get(&key).and_then(|(memory, disk)| Some((memory.upgrade()?, disk.upgrade()?)));
+        let (memory, disk) = match known {
+            Some(images) => images,
+            None => (
+                Arc::new(read_image(&manifest, SectionId::MEMORY, &layers)?),
+                Arc::new(read_image(&manifest, SectionId::DISK, &layers)?),
+            ),
+        };
         let prefetch = match manifest.section(SectionId::PREFETCH, MAX_SECTION_LEN)? {
             None => Prefetch::default(),
             Some(bytes) => Prefetch::decode(&bytes, memory.pages(), disk.pages()).map_err(|reason| {
@@ -358,19 +398,22 @@ impl Store {
         };
         let snapshot = Arc::new(Snapshot {
             meta: read_meta(&manifest, id, tag)?,
-            memory: Arc::new(memory),
-            disk: Arc::new(disk),
+            memory,
+            disk,
             sections: manifest.state()?,
             prefetch,
             _lock: lock,
         });
+        cache.images.retain(|_, (memory, _)| memory.strong_count() > 0);
+        let images = (Arc::downgrade(&snapshot.memory), Arc::downgrade(&snapshot.disk));
+        cache.images.insert(key.clone(), images);
         remember(&mut cache.snapshots, key, &snapshot);
         Ok(snapshot)
     }
 
-    /// Opens a layer file of this store, locked unless the store is read-only.
+    /// Opens a layer file of this store.
     pub(crate) fn open_layer(&self, id: LayerId) -> Result<Layer, StoreError> {
-        Layer::open(&self.layer_path(id), id, !self.read_only)
+        Layer::open(&self.layer_path(id), id)
     }
 
     fn layer(&self, cache: &mut Cache, id: LayerId) -> Result<Arc<Layer>, StoreError> {
@@ -399,7 +442,7 @@ impl Store {
         let mut slots = Vec::new();
         for id in manifest.layers()? {
             // A missing or damaged layer is a problem of its own; its extents cannot be checked against it.
-            slots.push(Layer::open(&self.layer_path(id), id, false).map_or(u32::MAX, |l| l.slots()));
+            slots.push(Layer::open(&self.layer_path(id), id).map_or(u32::MAX, |l| l.slots()));
         }
         for id in [SectionId::MEMORY, SectionId::DISK] {
             read_map(manifest, id, &slots)?;

@@ -189,7 +189,7 @@ impl SnapshotWriter {
         let capture = Capture { parent, dirty, source, level, threads, own_layer, known: used, remember };
         let captured = self.layer().and_then(|layer| capture.run(layer));
         self.known = known;
-        let (changes, stats, stored) = captured?;
+        let (changes, stats, stored) = captured.map_err(|e| self.over_quota(e))?;
         if remember {
             self.known.stored = stored;
         }
@@ -216,9 +216,24 @@ impl SnapshotWriter {
 
     fn layer(&mut self) -> Result<&mut LayerWriter, StoreError> {
         let path = self.area()?.path(LAYER_FILE);
-        match &mut self.layer {
-            Some(layer) => Ok(layer),
-            none => Ok(none.insert(LayerWriter::new(&path, create_file(&path)?, self.limit)?)),
+        if self.layer.is_none() {
+            let quota = self.store.quota()?;
+            let room = quota.map_or(u64::MAX, |(quota, used)| quota.saturating_sub(used));
+            let layer = LayerWriter::new(&path, create_file(&path)?, self.limit.min(room));
+            // A limit below a header's length.
+            self.layer = Some(layer.map_err(|e| self.over_quota(e))?);
+        }
+        self.layer.as_mut().ok_or(StoreError::InvalidInput { reason: "the writer has no layer" })
+    }
+
+    /// Says which limit it was that a layer reached.
+    fn over_quota(&self, error: StoreError) -> StoreError {
+        let limited = matches!(&error, StoreError::DiskFull { source, .. } if source.get_ref().is_some());
+        match self.store.quota() {
+            Ok(Some((quota, used))) if limited && quota.saturating_sub(used) < self.limit => {
+                StoreError::Quota { store: self.store.dir().to_owned(), quota, used }
+            }
+            _ => error,
         }
     }
 
@@ -236,7 +251,7 @@ impl SnapshotWriter {
         let own = match self.layer.take().filter(|layer| layer.frame_count() > 0) {
             None => None,
             Some(layer) => {
-                let (id, file, len) = layer.finish()?;
+                let (id, file, len) = layer.finish().map_err(|e| self.over_quota(e))?;
                 let path = self.area()?.path(LAYER_FILE);
                 let guard = FileLock::shared_on(file).map_err(|e| StoreError::write("lock", &path, e))?;
                 Some(NewLayer { id, _guard: guard, len, path })
@@ -282,6 +297,7 @@ impl SnapshotWriter {
             return Err(StoreError::InvalidInput { reason: "the writer has no work area" });
         };
         let len = manifest.len() as u64;
+        self.store.check_quota(own_bytes + len)?;
         let tag = new.tag.unwrap_or_else(|| crate::ids::DEFAULT_TAG.to_owned());
         let publication = Publication {
             area,

@@ -203,7 +203,7 @@ fn the_same_name_keeps_its_id_and_gets_the_newest_content() {
     assert_eq!(store.list(&ListFilter::default()).unwrap(), std::slice::from_ref(&new));
     assert_eq!(page(&store.open_snapshot(&new.id).unwrap(), 0), *noise(2));
     // A sandbox of the old content runs on, and can still be snapshotted.
-    assert_eq!(store.gc().unwrap().in_use, 1);
+    assert_eq!(files(dir.path()).iter().filter(|f| f.starts_with("layers/")).count(), 1);
     let child =
         publish(&store, Some(running.memory()), 1, &Pages::default(), NewSnapshot::default()).unwrap();
     assert!(matches!(store.delete(&old.id), Err(StoreError::InUse { .. })));
@@ -301,6 +301,73 @@ fn a_snapshot_in_use_is_not_deleted() {
     assert!(store.delete(&meta.id).is_err());
     drop(twice);
     assert!(store.delete(&meta.id).unwrap());
+}
+
+#[test]
+fn deleting_by_force_frees_the_bytes_and_leaves_the_users_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let content = Pages::of((0..100).map(|p| (p, noise(p))));
+    let meta = publish(&store, None, 100, &content, NewSnapshot::default()).unwrap();
+    let other = open(dir.path());
+    let running = other.open_snapshot(&meta.id).unwrap();
+    assert!(store.delete(&meta.id).is_err());
+    assert!(store.delete_forced(&meta.id).unwrap());
+    assert!(!store.delete_forced(&meta.id).unwrap());
+    assert_eq!(store.du().unwrap(), Default::default());
+    assert_clean(&store);
+    assert_eq!(page(&running, 77), *noise(77));
+    // It can still be the parent of another.
+    let dirty = Pages::of([(0, filled(7))]);
+    let child = publish(&other, Some(running.memory()), 100, &dirty, NewSnapshot::default()).unwrap();
+    drop(running);
+    assert_eq!(page(&store.open_snapshot(&child.id).unwrap(), 99), *noise(99));
+    assert_clean(&store);
+}
+
+#[test]
+fn images_that_are_kept_do_not_keep_the_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let meta = publish(&store, None, 1, &Pages::of([(0, noise(1))]), NewSnapshot::default()).unwrap();
+    let first = store.open_snapshot(&meta.id).unwrap();
+    first.memory().ensure(0, 1).unwrap();
+    let kept = (Arc::clone(first.memory()), Arc::clone(first.disk()));
+    drop(first);
+    let second = store.open_snapshot(&meta.id).unwrap();
+    assert!(Arc::ptr_eq(second.memory(), &kept.0) && second.memory().is_present(0));
+    drop(second);
+    assert!(open(dir.path()).delete(&meta.id).unwrap());
+}
+
+#[test]
+fn a_quota_is_kept_and_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let content = |seed: u64| Pages::of((0..64).map(|p| (p, noise(seed + p))));
+    let quota = 700 << 10;
+    store.set_quota(Some(quota));
+    let first = publish(&store, None, 64, &content(0), NewSnapshot::default()).unwrap();
+    publish(&store, None, 64, &content(1000), NewSnapshot::default()).unwrap();
+    let before = store.du().unwrap();
+    match publish(&store, None, 64, &content(2000), NewSnapshot::default()) {
+        Err(StoreError::Quota { quota: said, used, .. }) => {
+            assert_eq!((said, used), (quota, before.layer_bytes + before.manifest_bytes));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(store.du().unwrap(), before);
+    assert_clean(&store);
+    // A full store still takes what needs no room of its own, but not even a manifest beyond it.
+    assert!(store.delete(&first.id).unwrap());
+    publish(&store, None, 64, &content(2000), NewSnapshot::default()).unwrap();
+    let used = store.du().unwrap();
+    store.set_quota(Some(used.layer_bytes + used.manifest_bytes));
+    let tiny = publish(&store, None, 64, &Pages::default(), NewSnapshot::default());
+    assert!(matches!(tiny, Err(StoreError::Quota { .. })));
+    store.set_quota(None);
+    publish(&store, None, 64, &content(3000), NewSnapshot::default()).unwrap();
+    assert_clean(&store);
 }
 
 #[test]
