@@ -96,6 +96,78 @@ test('a copy knows that it is one: host name, machine id, random numbers, enviro
   for (const lines of seen) expect(Math.abs(Number(lines[4]) - Date.now() / 1000)).toBeLessThan(30)
 })
 
+/** Writes a random number, the time and the host name to a file, over and over. */
+const DRAW = `
+import os, time
+with open('/tmp/draws', 'wb', 0) as f:
+    while True:
+        f.write(b'%s %d %s\\n' % (os.urandom(12).hex().encode(), time.time_ns(), os.uname().nodename.encode()))
+        time.sleep(0.002)
+`
+
+test('no process of a copy runs before it knows that it is one, and no two copies draw the same', async () => {
+  const source = await store.create()
+  await source.files.write('/tmp/draw.py', DRAW)
+  await source.commands.run('exec python3 /tmp/draw.py', { background: true, timeoutMs: 0 })
+  await until(() => source.files.exists('/tmp/draws'))
+  const { snapshotId } = await source.createSnapshot()
+  const copies = await Promise.all(Array.from({ length: 5 }, () => store.create(snapshotId)))
+  const identity =
+    'cat /etc/machine-id /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | od -An -tx1; ' +
+    `python3 -c 'import os, random, uuid; print(os.getrandom(16).hex(), random.random(), uuid.uuid4())'`
+  const seen = await Promise.all(
+    [source, ...copies].map(async (sandbox) =>
+      (await sandbox.commands.run(identity)).stdout.trim().split(/\n/),
+    ),
+  )
+  const values = seen.flatMap((lines) =>
+    lines.flatMap((line, i) => (i === 3 ? line.split(' ') : [line.trim()])),
+  )
+  expect(values).toHaveLength(6 * 6)
+  expect(new Set(values).size).toBe(values.length)
+
+  const logs = await Promise.all(
+    [source, ...copies].map(async (sandbox) => {
+      const text = await sandbox.files.read('/tmp/draws')
+      return new Map(
+        text
+          .split('\n')
+          .slice(0, -1)
+          .map((line) => [line.split(' ')[0], line]),
+      )
+    }),
+  )
+  const [original, ...others] = logs
+  for (const [i, log] of others.entries()) {
+    const lines = [...log.values()]
+    const inherited = lines.filter((line) => original.has(line.split(' ')[0]))
+    // A number that both have was drawn before the snapshot, by the one process that there was: all of its line is the same.
+    for (const line of inherited) expect(line).toBe(original.get(line.split(' ')[0]))
+    const own = lines.slice(inherited.length)
+    expect(own.length).toBeGreaterThan(0)
+    expect(new Set(own.map((line) => line.split(' ')[2]))).toEqual(new Set([copies[i].sandboxId]))
+  }
+  const all = others.flatMap((log) => [...log.keys()].filter((value) => !original.has(value)))
+  expect(new Set(all).size).toBe(all.length)
+  await Promise.all(copies.map((copy) => copy.kill()))
+})
+
+test('programs in /etc/amberbox/restore.d run in a copy before anybody gets it, with its own identity', async () => {
+  const source = await store.create()
+  const place = '/etc/amberbox/restore.d'
+  await source.commands.run(
+    `mkdir -p ${place} && cd ${place} &&
+     printf '#!/bin/sh\\nid -un >> /tmp/restored; hostname >> /tmp/restored\\n' > 10-first &&
+     printf '#!/bin/sh\\necho second >> /tmp/restored; exit 1\\n' > 20-second &&
+     printf 'not a program' > 30-third && chmod +x 10-first 20-second`,
+    { user: 'root' },
+  )
+  const { snapshotId } = await source.createSnapshot()
+  expect(await source.files.exists('/tmp/restored')).toBe(false)
+  const copy = await store.create(snapshotId)
+  expect(await copy.files.read('/tmp/restored')).toBe(`root\n${copy.sandboxId}\nsecond\n`)
+})
+
 test('a snapshot of a copy of a snapshot', async () => {
   let sandbox = await store.create()
   for (const generation of [1, 2, 3]) {
