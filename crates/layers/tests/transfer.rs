@@ -126,12 +126,13 @@ fn damaged_files_are_refused_and_leave_nothing() {
             Err(error) => panic!("{what}: {error:?}"),
         }
     };
-    for at in 0..good.len() {
+    // All of what is read by fields, some of the pages.
+    for at in (0..1500).chain((1500..good.len()).step_by(13)) {
         let mut bytes = good.clone();
         bytes[at] ^= 1 << (at % 8);
         attempt(format!("flipped at {at}"), &bytes);
     }
-    for len in (0..good.len()).step_by(7) {
+    for len in (0..good.len()).step_by(31) {
         attempt(format!("cut at {len}"), &good[..len]);
     }
     attempt("extended".to_owned(), &[&good[..], &[0]].concat());
