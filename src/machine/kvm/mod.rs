@@ -5,10 +5,12 @@
 //! snapshot moves between the two.
 //!
 //! Rooms: `vm`: the machine, its memory and clock; `vcpu`: running a CPU; `kick`: stopping one; `state`, `chips`, `cpuid`:
-//! the neutral states in KVM's terms; `present`: guest memory before the first instruction.
+//! the neutral states in KVM's terms; `fault`, `present`: guest memory as it is touched, or
+//! before the first instruction.
 
 mod chips;
 mod cpuid;
+mod fault;
 mod kick;
 mod present;
 mod state;
@@ -33,7 +35,6 @@ impl Backend for Kvm {
     }
 
     fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError> {
-        present::bring_in(ram)?;
         let vm = Arc::new(vm::KvmVm::new(ram, shape.cpus)?);
         let vcpu = |index| Box::new(vcpu::KvmVcpu::new(&vm, index)) as Box<dyn Vcpu>;
         let others = (1..usize::from(shape.cpus)).map(vcpu).collect();

@@ -55,6 +55,7 @@ enum Then {
     Resume,
     Port,
     InternalError,
+    MemoryFault,
     Stop(VcpuExit),
 }
 
@@ -67,6 +68,7 @@ impl Vcpu for KvmVcpu {
                 Then::Resume => {}
                 Then::Port => port(&mut cpu, bus),
                 Then::InternalError => return VcpuExit::Failed(internal_error(&mut cpu)),
+                Then::MemoryFault => return VcpuExit::Failed(self.vm.memory_failure()),
                 Then::Stop(exit) => return exit,
             }
         }
@@ -195,6 +197,7 @@ fn step(cpu: &mut VcpuFd, bus: &mut dyn Bus, exits: &mut Exits) -> Then {
             return Then::Stop(VcpuExit::Shutdown(format!("Triple fault at {at:#x}")));
         }
         Ok(Exit::InternalError) => return Then::InternalError,
+        Ok(Exit::MemoryFault { .. }) => return Then::MemoryFault,
         Ok(Exit::FailEntry(reason, _)) => {
             return Then::Stop(VcpuExit::Failed(format!(
                 "KVM: the host's CPU refuses to enter the guest ({reason:#x})"
@@ -208,10 +211,7 @@ fn step(cpu: &mut VcpuFd, bus: &mut dyn Bus, exits: &mut Exits) -> Then {
             }
             // A CPU that was waiting to be started has been.
             Errno::AGAIN => {}
-            Errno::FAULT => {
-                let reason = "KVM cannot reach guest memory; the host is probably out of memory";
-                return Then::Stop(VcpuExit::Failed(reason.into()));
-            }
+            Errno::FAULT => return Then::MemoryFault,
             _ => return Then::Stop(VcpuExit::Failed(failed("run the guest")(error))),
         },
     }

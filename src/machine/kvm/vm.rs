@@ -18,7 +18,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
-use super::{chips, cpuid, failed};
+use super::fault::Filler;
+use super::{chips, cpuid, failed, present};
 use crate::machine::irq::IrqchipState;
 use crate::machine::platform::{
     IOAPIC_PINS, MSR_APIC_BASE, MSR_KVM_SYSTEM_TIME, MSR_KVM_WALL_CLOCK, MSR_TSC, PAGE_SIZE, TSC_HZ,
@@ -47,6 +48,8 @@ const SERVED: [(u32, u32, bool); 8] = [
 pub(super) struct KvmVm {
     cpus: Vec<Mutex<VcpuFd>>,
     vm: VmFd,
+    /// Brings in what is touched; `None` if all is there.
+    filler: Option<Filler>,
     /// Under the machine, and so dropped after it.
     ram: Arc<Ram>,
 }
@@ -83,7 +86,15 @@ impl KvmVm {
         serve_msrs(&vm)?;
         let create = |index: u8| create_cpu(&vm, index);
         let cpus = (0..cpus).map(create).collect::<Result<_, _>>()?;
-        Ok(KvmVm { cpus, vm, ram: Arc::clone(ram) })
+        // Last, so that a machine that cannot be made costs no decoding.
+        let filler = match Filler::new(ram) {
+            Ok(filler) => Some(filler),
+            Err(_) => {
+                present::bring_in(ram)?;
+                None
+            }
+        };
+        Ok(KvmVm { cpus, vm, filler, ram: Arc::clone(ram) })
     }
 
     /// A CPU. Waits while it runs.
@@ -111,6 +122,12 @@ impl KvmVm {
             }
         }
         Ok(())
+    }
+
+    /// Why guest memory cannot be reached.
+    pub(super) fn memory_failure(&self) -> String {
+        let failure = self.filler.as_ref().and_then(Filler::failure);
+        failure.unwrap_or_else(|| "KVM cannot reach guest memory; the host is probably out of memory".into())
     }
 
     fn chip(&self, chip_id: u32) -> Result<kvm_irqchip, String> {

@@ -186,6 +186,17 @@ impl Ram {
         self.map
     }
 
+    /// The runs of pages whose content comes from the image, as (first, count), ascending; empty without an image.
+    pub(super) fn image_runs(&self) -> Vec<(u64, u64)> {
+        self.source.as_ref().map_or_else(Vec::new, |source| source.data_runs())
+    }
+
+    /// The runs of pages that the image's memory file is mapped at: those of [`image_runs`](Self::image_runs), and short
+    /// runs of zeros between them.
+    pub(super) fn mapped_runs(&self) -> Vec<(u64, u64)> {
+        merge_runs(&self.image_runs())
+    }
+
     /// Sets who is told of device writes to pages that hold decoded code. Only the first call counts.
     pub fn set_code_listener(&self, listener: CodeListener) {
         let _ = self.code_listener.set(listener);
