@@ -1,5 +1,8 @@
 // The ES module view of index.js: the same classes, so `instanceof` works across both module systems.
-import amberbox from './index.js'
+import { createRequire } from 'node:module'
+
+// Not `import`: loaders disagree about the default of a CommonJS module that says it was an ES module.
+const amberbox = createRequire(import.meta.url)('./index.js')
 
 export const {
   Sandbox,

@@ -222,3 +222,124 @@ describe('pty', () => {
     expect(await sandbox.pty.kill(terminal.pid)).toBe(false)
   })
 })
+
+describe('beyond E2B', () => {
+  test('signals other than KILL', async () => {
+    const command =
+      "trap 'echo usr; exit 5' USR1; trap 'echo term; exit 6' TERM; echo ready; while :; do sleep 0.1; done"
+    const start = async () => {
+      const handle = await sandbox.commands.run(command, { background: true })
+      await until(() => handle.stdout.includes('ready'))
+      return handle
+    }
+    const [one, two, three] = await Promise.all([start(), start(), start()])
+    expect(await one.sendSignal('SIGUSR1')).toBe(true)
+    expect(await two.kill('TERM')).toBe(true)
+    expect(await sandbox.commands.kill(three.pid, { signal: 15 })).toBe(true)
+    expect(await failure(one.wait())).toMatchObject({ exitCode: 5, stdout: 'ready\nusr\n' })
+    expect(await failure(two.wait())).toMatchObject({ exitCode: 6 })
+    expect(await failure(three.wait())).toMatchObject({ exitCode: 6 })
+    expect(await failure(sandbox.commands.sendSignal(one.pid, 'SIGNOT'))).toBeInstanceOf(InvalidArgumentError)
+    expect(await sandbox.commands.sendSignal(999999, 'SIGTERM')).toBe(false)
+  })
+
+  test('for await gives the output as it comes', async () => {
+    const handle = await sandbox.commands.run('echo a; sleep 0.2; echo b >&2; sleep 0.2; echo c', {
+      background: true,
+    })
+    const seen = []
+    for await (const { type, data } of handle) seen.push([type, data])
+    expect(seen).toEqual([
+      ['stdout', 'a\n'],
+      ['stderr', 'b\n'],
+      ['stdout', 'c\n'],
+    ])
+  })
+})
+
+test('the exit code is kept for those who connect a little later', async () => {
+  const handle = await sandbox.commands.run('sleep 0.2; exit 9', { background: true })
+  expect(await failure(handle.wait())).toMatchObject({ exitCode: 9 })
+  const late = await sandbox.commands.connect(handle.pid)
+  expect(await failure(late.wait())).toMatchObject({ exitCode: 9 })
+})
+
+test('a slow reader holds the command back, and gets every byte', async () => {
+  let length = 0
+  let late = false
+  const running = sandbox.commands.run('head -c 40000000 /dev/zero | tr "\\0" x; date +%s%N > /tmp/written', {
+    async onStdout(text) {
+      length += text.length
+      if (!late) {
+        late = true
+        // Long enough to write it all, if nobody had to wait.
+        await new Promise((done) => setTimeout(done, 1500))
+        expect(await sandbox.files.exists('/tmp/written')).toBe(false)
+      }
+    },
+    timeoutMs: 0,
+  })
+  const { stdout } = await running
+  expect({ length, stdout: stdout.length }).toEqual({ length: 40_000_000, stdout: 40_000_000 })
+})
+
+test('ten terminals at once, each with its own shell', async () => {
+  const terminals = await Promise.all(
+    Array.from({ length: 10 }, async (_, i) => {
+      const seen = { text: '' }
+      seen.handle = await sandbox.pty.create({
+        cols: 80,
+        rows: 24,
+        envs: { WHO: `number-${i}` },
+        onData: (data) => void (seen.text += Buffer.from(data)),
+      })
+      return seen
+    }),
+  )
+  await Promise.all(
+    terminals.map(({ handle }) => sandbox.pty.sendInput(handle.pid, Buffer.from('echo "<$WHO>"; exit\n'))),
+  )
+  const codes = await Promise.all(terminals.map(({ handle }) => handle.wait()))
+  expect(codes.map(({ exitCode }) => exitCode)).toEqual(Array(10).fill(0))
+  terminals.forEach(({ text }, i) => expect(text).toContain(`<number-${i}>`))
+})
+
+test('a terminal goes on without a listener and is found again', async () => {
+  let first = ''
+  const terminal = await sandbox.pty.create({
+    cols: 80,
+    rows: 24,
+    onData: (data) => void (first += Buffer.from(data)),
+  })
+  await sandbox.pty.sendInput(terminal.pid, Buffer.from('mark=kept; echo "one-$mark"\n'))
+  await until(() => first.includes('one-kept'))
+  await terminal.disconnect()
+  let second = ''
+  const again = await sandbox.pty.connect(terminal.pid, {
+    onData: (data) => void (second += Buffer.from(data)),
+  })
+  await sandbox.pty.sendInput(terminal.pid, Buffer.from('echo "two-$mark"; exit 3\n'))
+  expect(await failure(again.wait())).toMatchObject({ exitCode: 3 })
+  expect(second).toContain('two-kept')
+})
+
+test("E2B's variables tell a program where it runs", async () => {
+  const { stdout } = await sandbox.commands.run(
+    'echo $E2B_SANDBOX $E2B_SANDBOX_ID; cat /run/e2b/.E2B_SANDBOX; echo; cat /run/e2b/.E2B_SANDBOX_ID',
+  )
+  expect(stdout).toBe(`true ${sandbox.sandboxId}\ntrue\n${sandbox.sandboxId}`)
+})
+
+test('five hundred processes come and go; none is left', async () => {
+  const before = (await sandbox.commands.run('ls -d /proc/[0-9]* | wc -l')).stdout
+  const results = await Promise.all(
+    Array.from({ length: 100 }, (_, i) =>
+      sandbox.commands.run(`for i in 1 2 3 4; do (exit $i) & done; wait; echo ${i}`, { timeoutMs: 0 }),
+    ),
+  )
+  expect(results.map(({ stdout }) => stdout)).toEqual(Array.from({ length: 100 }, (_, i) => `${i}\n`))
+  const zombies = await sandbox.commands.run('cat /proc/[0-9]*/stat 2>/dev/null | awk \'$3 == "Z"\' | wc -l')
+  expect(zombies.stdout).toBe('0\n')
+  await until(async () => (await sandbox.commands.run('ls -d /proc/[0-9]* | wc -l')).stdout === before)
+  expect(await sandbox.commands.list()).toEqual([])
+})

@@ -1,5 +1,6 @@
 'use strict'
 const {
+  AuthenticationError,
   FileNotFoundError,
   FileType,
   InvalidArgumentError,
@@ -167,4 +168,101 @@ test('aborting a stream that is being written leaves what was there', async () =
   const error = await failure(files.write('stable', endless, { signal: controller.signal }))
   expect(error.name).toBe('AbortError')
   expect(await files.read('stable')).toBe('before')
+})
+
+test('strange paths: dots, long names, loops, special files, bytes that are no text, unknown users', async () => {
+  await files.write('strange/../strange/./dots', 'x')
+  expect((await files.getInfo('/home/user/strange/dots')).path).toBe('/home/user/strange/dots')
+  expect((await files.write('../../../../tmp/up', 'x')).path).toBe('/tmp/up')
+  for (const call of [
+    files.write('n'.repeat(4096), 'x'),
+    files.read(`${'d/'.repeat(2100)}f`),
+    files.makeDir(`a\0b`),
+    files.read('/etc/passwd/x'),
+  ]) {
+    expect(await failure(call)).toBeInstanceOf(InvalidArgumentError)
+  }
+  await sandbox.commands.run(
+    'cd strange && ln -s loop2 loop1 && ln -s loop1 loop2 && ln -s nowhere broken && mkfifo pipe && printf x > "$(printf \'b\\377d\')"',
+  )
+  expect(await failure(files.read('strange/loop1'))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(files.read('strange/broken'))).toBeInstanceOf(FileNotFoundError)
+  expect(await failure(files.read('strange/pipe'))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(files.write('strange/pipe', 'x'))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(files.read('/dev/zero'))).toBeInstanceOf(InvalidArgumentError)
+  expect((await files.list('strange')).map(({ name, type }) => [name, type])).toEqual([
+    ['broken', FileType.SYMLINK],
+    ['b\ufffdd', FileType.FILE],
+    ['dots', FileType.FILE],
+    ['loop1', FileType.SYMLINK],
+    ['loop2', FileType.SYMLINK],
+  ])
+  expect(await failure(files.write('x', 'x', { user: 'nobody-here' }))).toBeInstanceOf(AuthenticationError)
+  expect(await files.exists('/proc/self/status')).toBe(true)
+  expect(await files.read('/proc/version')).toMatch(/^Linux/)
+})
+
+test('ranges', async () => {
+  await files.write('ranged', 'Hello, world!')
+  expect(await files.read('ranged', { start: 7, end: 11 })).toBe('world')
+  expect(await files.read('ranged', { start: 7 })).toBe('world!')
+  expect(await files.read('ranged', { end: 4 })).toBe('Hello')
+  for (const range of [{ start: -1 }, { start: 5, end: 2 }, { start: 0.5 }, { end: NaN }]) {
+    expect(await failure(files.read('ranged', range))).toBeInstanceOf(InvalidArgumentError)
+  }
+})
+
+test('large files: new ones and over old ones, whole and aborted', async () => {
+  const data = Buffer.from(Uint8Array.from({ length: 9_000_001 }, (_, i) => (i * 31 + (i >> 12)) & 255))
+  await files.write('large', data)
+  expect(Buffer.compare(await files.read('large', { format: 'bytes' }), data)).toBe(0)
+  const { stdout: inode } = await sandbox.commands.run('ln large linked; stat -c %i large')
+  const other = data.subarray(1_234)
+  await files.write('large', new Blob([other]))
+  expect(Buffer.compare(await files.read('linked', { format: 'bytes' }), other)).toBe(0)
+  expect((await sandbox.commands.run('stat -c %i large')).stdout).toBe(inode)
+  const controller = new AbortController()
+  const stream = (async function* () {
+    for (let i = 0; i < 30; i++) {
+      if (i === 20) controller.abort()
+      yield data.subarray(i * 100_000, (i + 1) * 100_000)
+    }
+  })()
+  expect((await failure(files.write('large', stream, { signal: controller.signal }))).name).toBe('AbortError')
+  expect(Buffer.compare(await files.read('large', { format: 'bytes' }), other)).toBe(0)
+  await sandbox.commands.run('mkdir /tmp/tight && mount -t tmpfs -o size=4m tmpfs /tmp/tight', {
+    user: 'root',
+  })
+  for (const source of [
+    data,
+    (async function* () {
+      yield data
+    })(),
+  ]) {
+    const error = await failure(files.write('/tmp/tight/new', source, { user: 'root' }))
+    expect(error).toBeInstanceOf(NotEnoughSpaceError)
+  }
+  expect(await files.list('/tmp/tight')).toEqual([])
+})
+
+test('many files at once, and the first failure of many', async () => {
+  const many = Array.from({ length: 200 }, (_, i) => ({ path: `many/${i % 7}/${i}`, data: `content ${i}` }))
+  const infos = await files.writeFiles(many)
+  expect(infos.map(({ path }) => path)).toEqual(many.map(({ path }) => `/home/user/${path}`))
+  const read = await Promise.all(many.map(({ path }) => files.read(path)))
+  expect(read).toEqual(many.map(({ data }) => data))
+  const bad = [
+    { path: '/etc/passwd/x', data: 'x' },
+    ...many.map((file) => ({ ...file, path: `never/${file.path}` })),
+  ]
+  expect(await failure(files.writeFiles(bad))).toBeInstanceOf(InvalidArgumentError)
+  expect(
+    await failure(
+      files.writeFiles([
+        { path: 'ok', data: 'x' },
+        { path: 'bad', data: 42 },
+      ]),
+    ),
+  ).toBeInstanceOf(InvalidArgumentError)
+  expect(await files.exists('ok')).toBe(false)
 })

@@ -2,9 +2,10 @@
 // `npm run bench`: everything that is promised about speed, measured by one command, with the peer in the same run.
 //
 //   cpu        the software CPU against QEMU TCG: same kernel, same root file system (tier dev), same work, in turn
+//   api        what commands, files and output cost on a live sandbox
 //   snapshots  create, first output, createSnapshot, sizes, memory and CPU of idle copies, through the public API
 //
-// node bench/run.mjs [cpu|snapshots] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
+// node bench/run.mjs [cpu|snapshots|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
 
 import { spawn } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
@@ -15,6 +16,7 @@ import { bootQemu, haveQemu } from '../scripts/guest/qemu.mjs'
 import { kernelPaths, rootfsPaths } from '../scripts/guest/paths.mjs'
 import { heading, main, root, run, ScriptError } from '../scripts/progress.mjs'
 import { setup } from '../scripts/setup.mjs'
+import { apiBench } from './api.mjs'
 
 // Written without double quotes: it travels on a kernel command line.
 const WORK = {
@@ -184,9 +186,13 @@ async function snapshotBench() {
 await main(async () => {
   process.chdir(root)
   const { values, positionals } = parseArgs({ allowPositionals: true, options: { rounds: { type: 'string', default: '3' } } })
-  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots']
+  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots', 'api']
   await setup()
   heading(`\nHost: ${cpus().length} x ${cpus()[0].model}, Node ${process.version}`)
   if (wanted.includes('cpu')) await cpuBench(Number(values.rounds))
   if (wanted.includes('snapshots')) await snapshotBench()
+  if (wanted.includes('api')) {
+    heading('\n== The API on a live sandbox (512 MiB guest)')
+    await apiBench((name, value) => heading(`${name.padEnd(58)} ${value}`))
+  }
 })

@@ -13,7 +13,7 @@ const FileType = Object.freeze({ FILE: 'file', DIR: 'dir', SYMLINK: 'symlink' })
 const FORMATS = ['text', 'bytes', 'blob', 'stream']
 
 /** Largest piece handed to the native layer at once. */
-const CHUNK = 512 * 1024
+const CHUNK = 4 * 1024 * 1024
 
 /** Up to this size a file is written by a single call. */
 const SMALL = 1024 * 1024

@@ -115,6 +115,24 @@ impl Decoder {
         Ok(Some(Frame { kind: Kind(*kind), payload }))
     }
 
+    /// Like [`Decoder::next_frame`], except that a [`Kind::DATA`] frame is given as far as it has arrived, with the number of bytes that
+    /// are still to come. The buffer is empty then: the caller reads those from the stream itself, straight to where they belong.
+    pub fn next_piece(&mut self) -> Result<Option<(Frame<'_>, usize)>, FrameError> {
+        let waiting = &self.buffer[self.start..self.end];
+        if let Some((prefix, [kind, payload @ ..])) = waiting.split_first_chunk::<4>()
+            && Kind(*kind) == Kind::DATA
+        {
+            let length = usize::try_from(u32::from_le_bytes(*prefix)).unwrap_or(usize::MAX);
+            if length <= MAX_FRAME && length > payload.len() + 1 {
+                let left = length - 1 - payload.len();
+                let from = self.start + HEADER_LEN;
+                self.start = self.end;
+                return Ok(Some((Frame { kind: Kind::DATA, payload: &self.buffer[from..self.end] }, left)));
+            }
+        }
+        Ok(self.next_frame()?.map(|frame| (frame, 0)))
+    }
+
     /// The bytes that have arrived and belong to no frame taken so far: where frames end, what comes behind them.
     pub fn rest(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
@@ -177,7 +195,36 @@ mod tests {
         assert!(decoder.space().len() <= 128);
     }
 
+    /// As `split`, with pieces: what is left of a frame is taken from the bytes directly.
+    fn split_pieces(bytes: &[u8], step: usize) -> Vec<(Kind, Vec<u8>)> {
+        let mut decoder = Decoder::new(64);
+        let mut frames = Vec::new();
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let space = decoder.space();
+            let count = step.min(space.len()).min(rest.len());
+            space[..count].copy_from_slice(&rest[..count]);
+            decoder.filled(count);
+            rest = &rest[count..];
+            while let Some((frame, left)) = decoder.next_piece().unwrap() {
+                frames.push((frame.kind, [frame.payload, &rest[..left]].concat()));
+                rest = &rest[left..];
+            }
+        }
+        frames
+    }
+
     proptest! {
+        #[test]
+        fn pieces_give_the_same_frames(
+            frames in proptest::collection::vec((0x1fu8..0x22, proptest::collection::vec(any::<u8>(), 0..300)), 0..12),
+            step in 1usize..700,
+        ) {
+            let bytes: Vec<u8> = frames.iter().flat_map(|(kind, payload)| encode(Kind(*kind), payload)).collect();
+            let expected: Vec<_> = frames.into_iter().map(|(kind, payload)| (Kind(kind), payload)).collect();
+            prop_assert_eq!(split_pieces(&bytes, step), expected);
+        }
+
         #[test]
         fn any_split_gives_the_same_frames(
             frames in proptest::collection::vec((any::<u8>(), proptest::collection::vec(any::<u8>(), 0..300)), 0..12),

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::task::{Context, Poll};
 
 use amber_proto::{
-    Decoder, ErrorCode, Frame, Kind, RemoteError, Request, decode_args, encode_error, encode_reply,
+    Decoder, ErrorCode, Kind, RemoteError, Request, decode_args, encode_error, encode_reply, header,
 };
 use rustix::io::Errno;
 
@@ -119,20 +119,56 @@ pub(crate) struct BlockingConn {
     decoder: Decoder,
 }
 
+/// Where bulk data goes.
+pub(crate) trait Sink {
+    /// Takes a piece.
+    fn add(&mut self, data: &[u8]) -> Result<()>;
+    /// Room for some of the next `wanted` bytes, at least one.
+    fn space(&mut self, wanted: usize) -> Result<&mut [u8]>;
+    /// Says that `count` bytes have been put at the front of the last space.
+    fn filled(&mut self, count: usize) -> Result<()>;
+}
+
 impl BlockingConn {
-    /// Hands the frames to `take` until it returns a value. `Gone` when the host closes the connection.
-    pub(crate) fn frames<T>(&mut self, mut take: impl FnMut(Frame<'_>) -> Result<Option<T>>) -> Result<T> {
+    /// Sends a frame without copying its payload.
+    pub(crate) fn send_frame(&self, kind: Kind, payload: &[u8]) -> Result<()> {
+        let head = header(kind, payload.len());
+        let sent = loop {
+            match rustix::io::writev(&self.fd, &[io::IoSlice::new(&head), io::IoSlice::new(payload)]) {
+                Ok(count) => break count,
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(Failure::Gone),
+            }
+        };
+        match sent.checked_sub(head.len()) {
+            Some(sent) => self.send(&payload[sent..]),
+            None => {
+                self.send(&head[sent..])?;
+                self.send(payload)
+            }
+        }
+    }
+
+    /// Hands all data to a sink, until its end. `Gone` when the host closes the connection before.
+    pub(crate) fn receive(&mut self, sink: &mut impl Sink) -> Result<()> {
         loop {
-            while let Some(frame) = self.decoder.next_frame().map_err(|_| Failure::Gone)? {
-                if let Some(value) = take(frame)? {
-                    return Ok(value);
+            while let Some((frame, mut left)) = self.decoder.next_piece().map_err(|_| Failure::Gone)? {
+                match frame.kind {
+                    Kind::DATA => sink.add(frame.payload)?,
+                    Kind::END => return Ok(()),
+                    _ => {}
+                }
+                // The rest of a large frame goes straight to its place.
+                while left > 0 {
+                    let space = sink.space(left)?;
+                    let room = space.len().min(left);
+                    let count = read(&self.fd, &mut space[..room])?;
+                    sink.filled(count)?;
+                    left -= count;
                 }
             }
-            match rustix::io::read(&self.fd, self.decoder.space()) {
-                Ok(count) if count > 0 => self.decoder.filled(count),
-                Err(Errno::INTR) => {}
-                _ => return Err(Failure::Gone),
-            }
+            let count = read(&self.fd, self.decoder.space())?;
+            self.decoder.filled(count);
         }
     }
 
@@ -160,6 +196,17 @@ impl BlockingConn {
         }
         let mut scratch = [0; 4096];
         while matches!(rustix::io::read(self.fd.as_fd(), &mut scratch), Ok(1..) | Err(Errno::INTR)) {}
+    }
+}
+
+/// Reads at least one byte.
+fn read(fd: &OwnedFd, space: &mut [u8]) -> Result<usize> {
+    loop {
+        match rustix::io::read(fd, &mut *space) {
+            Ok(count) if count > 0 => return Ok(count),
+            Err(Errno::INTR) => {}
+            _ => return Err(Failure::Gone),
+        }
     }
 }
 

@@ -11,6 +11,14 @@ use tokio::io::unix::AsyncFd;
 /// Connections that may wait to be accepted.
 const BACKLOG: libc::c_int = 1024;
 
+/// Bytes that the host may send ahead on a connection: what the guest works on while the host's threads wait for a processor.
+static RECEIVE_BUFFER: u64 = 1 << 20;
+
+/// `SO_VM_SOCKETS_BUFFER_SIZE`
+const BUFFER_SIZE: libc::c_int = 0;
+/// `SO_VM_SOCKETS_BUFFER_MAX_SIZE`
+const BUFFER_MAX_SIZE: libc::c_int = 2;
+
 /// Where to listen.
 #[derive(Debug)]
 pub(crate) enum Address {
@@ -98,6 +106,22 @@ fn bind_vsock(port: u32) -> io::Result<OwnedFd> {
     // SAFETY: `address` is a valid sockaddr_vm of the length passed.
     if unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), address_length()) } < 0 {
         return Err(io::Error::last_os_error());
+    }
+    // Connections inherit it.
+    for option in [BUFFER_MAX_SIZE, BUFFER_SIZE] {
+        // SAFETY: the option's value is a u64 that outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::AF_VSOCK,
+                option,
+                (&raw const RECEIVE_BUFFER).cast(),
+                mem::size_of_val(&RECEIVE_BUFFER) as libc::socklen_t,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
     }
     // SAFETY: no pointers are passed.
     if unsafe { libc::listen(fd.as_raw_fd(), BACKLOG) } < 0 {

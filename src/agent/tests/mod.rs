@@ -5,6 +5,7 @@ mod files;
 mod forward;
 mod processes;
 mod protocol;
+mod recorded;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};

@@ -6,6 +6,8 @@
 //! removed again if it cannot be completed. An existing file keeps its inode, as programs that watch it, hold it open or have hard links to
 //! it expect, so it is not replaced by a rename: the new content is gathered first (in memory while it is small, then in an unnamed file),
 //! then room is reserved, and only then the file is overwritten.
+//!
+//! What is large goes to the disk directly, past the page cache ([`super::bulk`]).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,12 +19,13 @@ use amber_proto::{CHUNK, ErrorCode, HEADER_LEN, Kind, Read, ReadStart, Write, he
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::bulk::{self, Bulk};
 use super::{ensure_directory, entry, explain, locate, missing_file};
-use crate::conn::{BlockingConn, Failure, Result, failure};
+use crate::conn::{BlockingConn, Failure, Result, Sink, failure};
 use crate::state::Settings;
 use crate::users::{Names, User};
 
-/// New content of an existing file that is gathered in memory.
+/// Content that is gathered in memory.
 const IN_MEMORY: usize = 1 << 20;
 
 /// Sends the content of a file.
@@ -35,6 +38,12 @@ pub(crate) fn read(settings: &Settings, conn: &mut BlockingConn, request: Read) 
     }
     let start = ReadStart { size: metadata.len(), modified_ns: entry::modified(&metadata) };
     conn.reply::<Read>(&start)?;
+    let wanted = request.length.unwrap_or(u64::MAX);
+    if wanted.min(metadata.len().saturating_sub(request.offset)) >= bulk::WORTHWHILE {
+        let send = |piece: &[u8]| conn.send_frame(Kind::DATA, piece);
+        bulk::read(&file, request.offset, wanted, send, |error| explain("error reading file", &path, error))?;
+        return conn.send(&header(Kind::END, 0));
+    }
     // The buffer has the size of the file if that is small; files of /proc say 0 and have content.
     let size = usize::try_from(metadata.len()).unwrap_or(CHUNK).clamp(4096, CHUNK - 1) + 1;
     let mut buffer = vec![0; HEADER_LEN + size];
@@ -87,11 +96,7 @@ pub(crate) fn write(settings: &Settings, conn: &mut BlockingConn, request: Write
         ensure_directory(parent, &user)?;
     }
     let mut upload = Upload::begin(&path, &user, &request)?;
-    conn.frames(|frame| match frame.kind {
-        Kind::DATA => upload.add(frame.payload).map(|()| None),
-        Kind::END => Ok(Some(())),
-        _ => Ok(None),
-    })?;
+    conn.receive(&mut upload)?;
     upload.complete()?;
     let entry =
         entry::entry(&path, &Names::read(&settings.etc)).map_err(|error| missing_file(&path, &error))?;
@@ -114,26 +119,20 @@ fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<()> {
     Ok(())
 }
 
-/// Where the content goes until it is complete.
-enum Stage {
-    /// A new file grows in place.
-    InPlace,
-    /// The new content of an existing file, in memory.
-    Memory(Vec<u8>),
-    /// The new content of an existing file, in a file without a name.
-    Unnamed(File),
-}
-
 /// A file being written. Dropped before it is complete, it leaves what was there.
 struct Upload<'a> {
     path: &'a str,
     user: &'a User,
     request: &'a Write,
     file: File,
-    stage: Stage,
+    /// The content, while it is small.
+    gathered: Vec<u8>,
+    /// Bytes of `gathered` that are content.
+    length: usize,
+    /// The content on its way to the disk: in place if the file is new, otherwise in a file without a name.
+    bulk: Option<Bulk>,
     /// The new file's path, to be removed unless the file is completed.
     remove: Option<PathBuf>,
-    length: u64,
 }
 
 impl<'a> Upload<'a> {
@@ -173,9 +172,10 @@ impl<'a> Upload<'a> {
             user,
             request,
             file: File::from(fd),
-            stage: if fresh { Stage::InPlace } else { Stage::Memory(Vec::new()) },
-            remove: fresh.then(|| path.into()),
+            gathered: Vec::new(),
             length: 0,
+            bulk: None,
+            remove: fresh.then(|| path.into()),
         };
         let room = rustix::fs::fstatvfs(&upload.file)
             .map_or(u64::MAX, |disk| disk.f_bfree.saturating_mul(disk.f_frsize));
@@ -188,59 +188,56 @@ impl<'a> Upload<'a> {
         Ok(upload)
     }
 
-    /// Takes a piece.
-    fn add(&mut self, data: &[u8]) -> Result<()> {
-        self.length += data.len() as u64;
-        if let Stage::Memory(gathered) = &mut self.stage {
-            if gathered.len() + data.len() <= IN_MEMORY {
-                gathered.extend_from_slice(data);
-                return Ok(());
-            }
-            let unnamed = unnamed_file(Path::new(self.path))
-                .and_then(|mut file| file.write_all(gathered).map(|()| file));
-            self.stage = Stage::Unnamed(unnamed.map_err(|error| self.fail(&error))?);
+    /// Whether the file is new.
+    fn fresh(&self) -> bool {
+        self.remove.is_some()
+    }
+
+    /// Turns to the disk when the content becomes large.
+    fn bulk(&mut self) -> Result<&mut Bulk> {
+        if self.bulk.is_none() {
+            let file = if self.fresh() { self.file.try_clone() } else { unnamed_file(Path::new(self.path)) };
+            let gathered = std::mem::take(&mut self.gathered);
+            let begin = |file| {
+                let mut bulk = Bulk::new(file);
+                bulk.add(&gathered[..self.length]).map(|()| bulk)
+            };
+            self.bulk = Some(file.and_then(begin).map_err(|error| self.fail(&error))?);
         }
-        let file = match &mut self.stage {
-            Stage::Unnamed(file) => file,
-            _ => &mut self.file,
-        };
-        file.write_all(data).map_err(|error| self.fail(&error))
+        self.bulk.as_mut().ok_or(Failure::Gone)
     }
 
     /// Puts the content in its place.
     fn complete(mut self) -> Result<()> {
-        let length = self.length;
-        match std::mem::replace(&mut self.stage, Stage::InPlace) {
-            Stage::InPlace => {}
-            Stage::Memory(content) => {
-                self.reserve()?;
-                self.dress(false)?;
-                (&self.file)
-                    .write_all(&content)
-                    .and_then(|()| self.file.set_len(length))
-                    .map_err(|error| self.fail(&error))?;
-            }
-            Stage::Unnamed(mut content) => {
-                self.reserve()?;
-                self.dress(false)?;
-                content
-                    .rewind()
-                    .and_then(|()| io::copy(&mut content, &mut &self.file))
-                    .and_then(|_| self.file.set_len(length))
-                    .map_err(|error| self.fail(&error))?;
-            }
+        let fresh = self.fresh();
+        let length = match self.bulk.as_mut().map(Bulk::finish).transpose() {
+            Ok(written) => written.unwrap_or(self.length as u64),
+            Err(error) => return Err(self.fail(&error)),
+        };
+        if !fresh {
+            self.reserve(length)?;
+            self.dress(false)?;
         }
+        let put = || -> io::Result<()> {
+            match &self.bulk {
+                Some(_) if fresh => return Ok(()),
+                Some(bulk) => bulk.copy_to(&self.file)?,
+                None => (&self.file).write_all(&self.gathered[..self.length])?,
+            }
+            if fresh { Ok(()) } else { self.file.set_len(length) }
+        };
+        put().map_err(|error| self.fail(&error))?;
         self.remove = None;
         Ok(())
     }
 
     /// Makes sure that the content fits before anything of the old one is overwritten.
-    fn reserve(&self) -> Result<()> {
+    fn reserve(&self, length: u64) -> Result<()> {
         let metadata = self.file.metadata().map_err(|error| self.fail(&error))?;
-        if metadata.blocks().saturating_mul(512) >= self.length || self.length == 0 {
+        if metadata.blocks().saturating_mul(512) >= length || length == 0 {
             return Ok(());
         }
-        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, self.length) {
+        match rustix::fs::fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, length) {
             // File systems that cannot reserve fail later, if at all.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(error) => Err(self.fail(&error.into())),
@@ -267,6 +264,38 @@ impl<'a> Upload<'a> {
 
     fn fail(&self, error: &io::Error) -> Failure {
         explain("error writing file", self.path, error)
+    }
+}
+
+impl Sink for Upload<'_> {
+    fn add(&mut self, data: &[u8]) -> Result<()> {
+        if self.bulk.is_none() && self.length + data.len() <= IN_MEMORY {
+            self.gathered.truncate(self.length);
+            self.gathered.extend_from_slice(data);
+            self.length += data.len();
+            return Ok(());
+        }
+        let added = self.bulk()?.add(data);
+        added.map_err(|error| self.fail(&error))
+    }
+
+    fn space(&mut self, wanted: usize) -> Result<&mut [u8]> {
+        if self.bulk.is_none() && self.length + wanted <= IN_MEMORY {
+            self.gathered.resize(self.length + wanted, 0);
+            return Ok(&mut self.gathered[self.length..]);
+        }
+        Ok(self.bulk()?.space())
+    }
+
+    fn filled(&mut self, count: usize) -> Result<()> {
+        match self.bulk.as_mut().map(|bulk| bulk.filled(count)).transpose() {
+            Ok(Some(())) => Ok(()),
+            Ok(None) => {
+                self.length += count;
+                Ok(())
+            }
+            Err(error) => Err(self.fail(&error)),
+        }
     }
 }
 

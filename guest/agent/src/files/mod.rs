@@ -4,6 +4,7 @@
 //! The agent acts as root and gives what it creates to the user, as E2B's daemon does; users and permissions decide who owns files,
 //! not which ones the host may touch.
 
+mod bulk;
 mod content;
 mod entry;
 mod list;

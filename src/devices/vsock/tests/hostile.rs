@@ -31,15 +31,15 @@ fn a_guest_that_lies_about_its_counters_gets_nothing() {
 fn a_guest_that_overruns_the_window_is_reset() {
     let mut guest = Guest::new();
     let (mut stream, end) = connect(&mut guest, 4096);
-    let piece = pattern(CAPACITY / 8);
-    for _ in 0..8 {
+    let piece = pattern(MAX_PAYLOAD as usize);
+    for _ in 0..CAPACITY / piece.len() {
         end.write(&mut guest, &piece);
     }
     guest.silent();
     end.write(&mut guest, b"x");
     guest.expect(Op::Rst);
     let task = Task::default();
-    for _ in 0..8 {
+    for _ in 0..CAPACITY / piece.len() {
         assert!(ready(task.read(&mut stream, piece.len())) == piece, "what fitted is still readable");
     }
     assert_eq!(failure(task.read(&mut stream, 1)), ErrorKind::ConnectionReset);

@@ -235,7 +235,9 @@ fn a_dropped_stream_delivers_and_closes() {
     guest.expect(Op::CreditRequest);
     // What the guest still sends goes nowhere, but it gets its credit back.
     for _ in 0..3 {
-        end.write(&mut guest, &[0; CAPACITY / 4]);
+        for _ in 0..CAPACITY / 4 / MAX_PAYLOAD as usize {
+            end.write(&mut guest, &[0; MAX_PAYLOAD as usize]);
+        }
         guest.expect(Op::CreditUpdate);
     }
     end.fwd_cnt = 4;
