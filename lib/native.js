@@ -2,7 +2,7 @@
 /**
  * Finds and loads the addon, and wraps each call to it: error mapping, request timeout, AbortSignal.
  */
-const { existsSync } = require('node:fs')
+const { existsSync, readFileSync } = require('node:fs')
 const os = require('node:os')
 const path = require('node:path')
 const { REQUEST_TIMEOUT_MS } = require('./config')
@@ -10,20 +10,23 @@ const { fromNative } = require('./errors')
 
 const ROOT = path.resolve(__dirname, '..')
 
+/** Whether this process runs on musl: then its dynamic loader is musl's. (A diagnostic report would tell, in many milliseconds.) */
 function isMusl() {
-  const header = process.report?.getReport?.()?.header
-  return process.platform === 'linux' && header !== undefined && !header.glibcVersionRuntime
+  try {
+    return readFileSync('/proc/self/maps', 'latin1').includes('/ld-musl-')
+  } catch {
+    return false
+  }
 }
 
 /** `linux-x64-gnu` and the like: the part that names a platform in file and package names. */
-function platformName() {
+const PLATFORM = (() => {
   const libc = process.platform === 'linux' ? (isMusl() ? '-musl' : '-gnu') : ''
   return `${process.platform}-${process.arch}${libc}`
-}
+})()
 
 function loadNative() {
-  const name = platformName()
-  const local = path.join(ROOT, `amberbox.${name}.node`)
+  const local = path.join(ROOT, `amberbox.${PLATFORM}.node`)
   if (existsSync(local)) {
     try {
       return require(local)
@@ -34,7 +37,7 @@ function loadNative() {
       )
     }
   }
-  const packageName = `@amberbox/${name}`
+  const packageName = `@amberbox/${PLATFORM}`
   try {
     return require(packageName)
   } catch (cause) {
@@ -42,7 +45,7 @@ function loadNative() {
       throw new Error(`Cannot load ${packageName}: ${cause.message}. Reinstall it.`, { cause })
     }
     throw new Error(
-      `Amberbox has no native addon for ${name}: neither ${local} nor the package ${packageName} exists. ` +
+      `Amberbox has no native addon for ${PLATFORM}: neither ${local} nor the package ${packageName} exists. ` +
         'In a clone run `npm run setup`; as a dependency, reinstall without `--omit=optional`.',
       { cause },
     )
@@ -63,7 +66,7 @@ function guestDirs() {
   if (process.env.AMBERBOX_GUEST) return [path.resolve(process.env.AMBERBOX_GUEST)]
   const dirs = []
   try {
-    dirs.push(path.join(path.dirname(require.resolve(`@amberbox/${platformName()}/package.json`)), 'guest'))
+    dirs.push(path.join(path.dirname(require.resolve(`@amberbox/${PLATFORM}/package.json`)), 'guest'))
   } catch {
     // The platform package is optional in a clone.
   }
@@ -108,4 +111,4 @@ async function invoke(start, opts, defaultTimeoutMs = REQUEST_TIMEOUT_MS, undo =
   }
 }
 
-module.exports = { native, invoke, places, platformName, REQUEST_TIMEOUT_MS }
+module.exports = { native, invoke, places, PLATFORM, REQUEST_TIMEOUT_MS }
