@@ -21,6 +21,7 @@ use amber_layers::{
     CaptureStats, FRAME_PAGES, FormatError, Image, NewSnapshot, PAGE_SIZE, Page, PageKind, SectionId,
     Snapshot, SnapshotMeta, Store, StoreError,
 };
+use amber_x86::SharedCode;
 use amber_x86::state::CpuState;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -243,6 +244,10 @@ impl PageSource for MemorySource {
         let first = (low..page).rev().take_while(|p| image.is_present(*p)).last().unwrap_or(page);
         let last = (page + 1..high).take_while(|p| image.is_present(*p)).last().unwrap_or(page);
         Ok(first..last + 1)
+    }
+
+    fn shared_code(&self) -> Option<Arc<SharedCode>> {
+        self.0.memory().derived(SharedCode::new)
     }
 }
 

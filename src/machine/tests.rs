@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use amber_layers::{NewSnapshot, Page, SectionId, Snapshot, Store};
+use amber_x86::{GuestRam, PageFlags};
 use tempfile::TempDir;
 
 use super::soft::Soft;
@@ -240,6 +242,46 @@ fn a_copy_goes_on_where_the_snapshot_was_taken_and_diverges() {
         assert!(second.memory.dirty <= 2 && first.memory.dirty > 2, "{second:?}");
         assert_eq!((first.disk.own, second.disk.own), (256, 0));
     }
+}
+
+/// Runs a copy until it has counted; how many sequences it decoded itself, and its counter.
+fn run_copy(rig: &Rig, copy: &Machine) -> (u64, i64) {
+    let before = copy.diagnostics().cpu.instructions;
+    copy.resume().unwrap();
+    wait("counting", || copy.diagnostics().cpu.instructions > before + 1000);
+    copy.pause().unwrap();
+    let decoded =
+        copy.diagnostics().cpu.other.iter().find(|(name, _)| *name == "sequences decoded").unwrap().1;
+    (decoded, counter(&rig.snapshot(copy).1) as i64)
+}
+
+#[test]
+fn copies_share_what_was_decoded_of_their_image_and_nothing_else() {
+    let rig = Rig::new();
+    let snapshot = rig.snapshot(&rig.boot(&COUNT)).1;
+    // `dec` where the image has `inc`: once as a device would write it, once as if the news of it had not arrived yet.
+    for announced in [true, false] {
+        let changed = rig.restore(&snapshot).unwrap();
+        let mut held = changed.0.core.hold().unwrap();
+        let ram = &held.guts().unwrap().ram;
+        ram.write(CODE + 2, &[0x0c]).unwrap();
+        let flag = &ram.flags()[(CODE / 4096) as usize];
+        if !announced {
+            flag.fetch_and(!PageFlags::DIRTY, Ordering::SeqCst);
+        }
+        drop(held);
+        let (decoded, count) = run_copy(&rig, &changed);
+        assert!(decoded > 0 && count < 0, "{decoded} {count}");
+    }
+    let (decoded, count) = run_copy(&rig, &rig.restore(&snapshot).unwrap());
+    assert!(decoded > 0 && count > 0, "{decoded} {count}");
+    // The third copy left it for the fourth; but not for one whose page is another.
+    let (decoded, count) = run_copy(&rig, &rig.restore(&snapshot).unwrap());
+    assert!(decoded == 0 && count > 0, "{decoded} {count}");
+    let changed = rig.restore(&snapshot).unwrap();
+    changed.0.core.hold().unwrap().guts().unwrap().ram.write(CODE + 2, &[0x0c]).unwrap();
+    let (decoded, count) = run_copy(&rig, &changed);
+    assert!(decoded > 0 && count < 0, "{decoded} {count}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! after [`Image::ensure`]; a bitmap says so with one load. Frames are decoded once: whoever needs one takes the
 //! lock of its shard, and those who come later find the pages in place. Zero pages stay holes.
 
+use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -56,6 +57,7 @@ pub struct Image {
     frames_decoded: AtomicU64,
     touches: Mutex<Vec<PageRange>>,
     prints: Mutex<Prints>,
+    derived: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
 #[derive(Debug)]
@@ -94,6 +96,7 @@ impl Image {
             frames_decoded: AtomicU64::new(0),
             touches: Mutex::new(Vec::new()),
             prints: Mutex::default(),
+            derived: OnceLock::new(),
         })
     }
 
@@ -277,6 +280,12 @@ impl Image {
     /// What was decoded so far, in the order of first need: what a prefetch list is made of.
     pub fn first_touches(&self) -> Vec<PageRange> {
         self.touches.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the image's users derive from its content and share: made by the first who asks, and there as long as the image.
+    /// `None` if there is something of another type already.
+    pub fn derived<T: Any + Send + Sync>(&self, make: impl FnOnce() -> T) -> Option<Arc<T>> {
+        Arc::clone(self.derived.get_or_init(|| Arc::new(make()))).downcast().ok()
     }
 
     /// Frames decoded so far.

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::AtomicU8;
 
+use crate::shared::SharedCode;
+
 /// Bits of one guest page's flag byte, shared between the CPU, the devices and snapshots.
 #[derive(Debug, Clone, Copy)]
 pub struct PageFlags;
@@ -47,6 +49,15 @@ pub unsafe trait GuestRam: Send + Sync {
     /// Moves the page indices that devices wrote while they had [`PageFlags::CODE`] to `out`; called by the CPU after
     /// [`Kick::code_written`](crate::Kick::code_written).
     fn take_code_writes(&self, out: &mut Vec<u64>);
+    /// Decoded code of the sealed image that this RAM was restored from, by page index. There as long as every page
+    /// without [`PageFlags::DIRTY`] equals that image's.
+    fn shared_code(&self) -> Option<&SharedCode> {
+        None
+    }
+    /// Reads part of a page of that image, whatever this RAM holds there. False if it cannot be had.
+    fn sealed(&self, _page: u64, _offset: usize, _out: &mut [u8]) -> bool {
+        false
+    }
 }
 
 /// Everything outside the CPU and RAM: memory-mapped and port devices, the local APIC, platform MSRs, CPUID, time.

@@ -17,6 +17,9 @@ use crate::op::Op;
 /// Decoded code beyond this many bytes makes the cache start over.
 const CAPACITY: usize = 48 << 20;
 
+/// Bytes of the longest sequence.
+const MAX_BYTES: usize = decode::MAX_INSTRUCTIONS * decode::MAX_LENGTH;
+
 /// Hashes addresses and page numbers by one multiplication.
 #[derive(Default)]
 pub(crate) struct AddressHasher(u64);
@@ -36,7 +39,7 @@ impl Hasher for AddressHasher {
     }
 }
 
-type AddressMap<V> = HashMap<u64, V, BuildHasherDefault<AddressHasher>>;
+pub(crate) type AddressMap<V> = HashMap<u64, V, BuildHasherDefault<AddressHasher>>;
 
 /// What is decoded of one page.
 #[derive(Default)]
@@ -147,68 +150,122 @@ impl Cpu {
         if let Some(&op) = self.code.starts.get(&pa) {
             return Ok(op);
         }
-        let (page, sequence) = self.decode_at(rip, pa, decode::MAX_INSTRUCTIONS)?;
-        self.diagnostics.sequences_decoded += 1;
-        self.forget_writable(page);
-        self.ram.flags()[page as usize].fetch_or(PageFlags::CODE, Ordering::AcqRel);
+        let page = self.code_page(pa)?;
         let offset = pa & 0xfff;
-        let ops = sequence.ops.into_boxed_slice();
-        let first = ops.as_ptr();
-        self.code.bytes += size_of_val(&*ops);
-        let code = self.code.pages.entry(page).or_default();
-        code.lines |= lines(offset, sequence.bytes);
-        code.sequences.push(ops);
-        code.starts.push(pa);
-        self.code.starts.insert(pa, first);
+        if let Some((ops, bytes)) = self.shared_sequence(page, offset) {
+            return Ok(self.keep(pa, page, ops, bytes));
+        }
+        let sequence = self.decode_at(rip, pa, page, decode::MAX_INSTRUCTIONS)?;
+        self.diagnostics.sequences_decoded += 1;
         if let Some(second) = sequence.second_page {
-            let end = offset + sequence.bytes - 4096;
-            self.forget_writable(second);
-            self.ram.flags()[second as usize].fetch_or(PageFlags::CODE, Ordering::AcqRel);
             let other = self.code.pages.entry(second).or_default();
-            other.lines |= lines(0, end);
+            other.lines |= lines(0, offset + sequence.bytes - 4096);
             if second != page {
                 other.crossing.push(page);
             }
         }
-        Ok(first)
+        Ok(self.keep(pa, page, sequence.ops.into_boxed_slice(), sequence.bytes))
+    }
+
+    /// The page of an instruction, present and marked as holding code: from here on, a write to it is noticed.
+    unsafe fn code_page(&mut self, pa: u64) -> Result<u64, Trap> {
+        let Some(page) = self.ram.page_of(pa) else {
+            // Nothing but RAM holds code on this platform.
+            return Err(self.raise(vector::GP, Some(0)));
+        };
+        self.page_present(page)?;
+        self.mark_code(page);
+        Ok(page)
+    }
+
+    /// Sets [`PageFlags::CODE`]. Before the page's bytes are looked at: a device that writes them afterwards reports it.
+    fn mark_code(&mut self, page: u64) {
+        let before = self.ram.flags()[page as usize].fetch_or(PageFlags::CODE, Ordering::AcqRel);
+        // A page with CODE has no write translation already.
+        if before & PageFlags::CODE == 0 {
+            self.forget_writable(page);
+        }
+    }
+
+    /// Adds a sequence to the cache.
+    fn keep(&mut self, pa: u64, page: u64, ops: Box<[Op]>, bytes: u64) -> *const Op {
+        let first = ops.as_ptr();
+        self.code.bytes += size_of_val(&*ops);
+        let code = self.code.pages.entry(page).or_default();
+        code.lines |= lines(pa & 0xfff, bytes);
+        code.sequences.push(ops);
+        code.starts.push(pa);
+        self.code.starts.insert(pa, first);
+        first
+    }
+
+    /// Whether the page, marked as code, is still that of the sealed image.
+    fn is_sealed(&self, page: u64) -> bool {
+        self.ram.flags()[page as usize].load(Ordering::Acquire) & PageFlags::DIRTY == 0
+    }
+
+    /// The sequence at `offset` of the page, if another CPU over the same image has decoded it and it holds here.
+    fn shared_sequence(&self, page: u64, offset: u64) -> Option<(Box<[Op]>, u64)> {
+        let shared = self.ram.shared_code()?;
+        if self.is_sealed(page) { shared.get(page << 12 | offset) } else { None }
+    }
+
+    /// Leaves a sequence to other CPUs over the same image, if `code`, which it was decoded from, is the image's.
+    fn share(&self, page: u64, offset: usize, code: &[u8], ops: &[Op]) {
+        let Some(shared) = self.ram.shared_code() else { return };
+        let mut image = [0u8; MAX_BYTES];
+        let Some(image) = image.get_mut(..code.len()) else { return };
+        // A device may have written the page a moment ago, unnoticed yet: the image itself decides.
+        if self.is_sealed(page) && self.ram.sealed(page, offset, image) && image == code {
+            shared.put(page << 12 | offset as u64, ops, code.len() as u64);
+        }
     }
 
     /// Decodes the one instruction at `rip` outside the cache, into `self.alone_ops`.
     pub(crate) unsafe fn lookup_alone(&mut self) -> Result<*const Op, Trap> {
         let rip = self.rip;
         let pa = self.fetch(rip)?;
-        let (_, sequence) = self.decode_at(rip, pa, 1)?;
+        let Some(page) = self.ram.page_of(pa) else {
+            return Err(self.raise(vector::GP, Some(0)));
+        };
+        self.page_present(page)?;
+        let sequence = self.decode_at(rip, pa, page, 1)?;
         self.alone_ops = sequence.ops;
         // However it branches, it comes back to the run loop.
         self.icount_limit = 0;
         Ok(self.alone_ops.as_ptr())
     }
 
-    unsafe fn decode_at(&mut self, rip: u64, pa: u64, max: usize) -> Result<(u64, Sequence), Trap> {
-        let Some(page) = self.ram.page_of(pa) else {
-            // Nothing but RAM holds code on this platform.
-            return Err(self.raise(vector::GP, Some(0)));
-        };
+    /// Decodes up to `max` instructions at `pa` in `page`, which is present. One that ends in the next page comes alone;
+    /// that page is marked as holding code, if `page` is.
+    unsafe fn decode_at(&mut self, rip: u64, pa: u64, page: u64, max: usize) -> Result<Sequence, Trap> {
         let offset = (pa & 0xfff) as usize;
-        self.page_present(page)?;
         let host = self.ram_host.add(page as usize * 4096).cast_const();
         // A copy: decoding wants a stable slice, and device threads may write to the page.
-        let mut bytes = [0u8; 4096];
-        let len = 4096 - offset;
+        let mut bytes = [0u8; MAX_BYTES];
+        let len = (4096 - offset).min(MAX_BYTES);
         ptr::copy_nonoverlapping(host.add(offset), bytes.as_mut_ptr(), len);
         if let Some(sequence) = decode::sequence(&bytes[..len], offset, max) {
-            return Ok((page, sequence));
+            if max > 1 {
+                self.share(page, offset, &bytes[..sequence.bytes as usize], &sequence.ops);
+            }
+            return Ok(sequence);
         }
         // The first instruction goes on in the next page.
         let second_pa = self.fetch((rip & !0xfff).wrapping_add(4096))?;
-        let Some(second) = self.ram.page_of(second_pa) else {
-            return Err(self.raise(vector::GP, Some(0)));
+        let second = if max > 1 {
+            self.code_page(second_pa)?
+        } else {
+            let Some(second) = self.ram.page_of(second_pa) else {
+                return Err(self.raise(vector::GP, Some(0)));
+            };
+            self.page_present(second)?;
+            second
         };
-        self.page_present(second)?;
         let host = self.ram_host.add(second as usize * 4096).cast_const();
-        ptr::copy_nonoverlapping(host, bytes.as_mut_ptr().add(len), 15);
-        let mut sequence = decode::crossing(&bytes[..len + 15], offset, second_pa);
+        ptr::copy_nonoverlapping(host, bytes.as_mut_ptr().add(len), decode::MAX_LENGTH);
+        let mut sequence = decode::crossing(&bytes[..len + decode::MAX_LENGTH], offset, second_pa);
         sequence.second_page = Some(second);
-        Ok((page, sequence))
+        Ok(sequence)
     }
 }

@@ -14,6 +14,9 @@ use crate::{simd, system, x87};
 /// Longest sequence.
 pub(crate) const MAX_INSTRUCTIONS: usize = 64;
 
+/// Bytes of the longest instruction (Intel SDM volume 2, section 2.3.11).
+pub(crate) const MAX_LENGTH: usize = 15;
+
 /// What a lowering made of an instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Lowered {

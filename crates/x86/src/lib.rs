@@ -8,7 +8,8 @@
 //! - [`bus`]: what the CPU needs of its surroundings.
 //! - [`state`]: the neutral architectural state, for snapshots and for tests.
 //! - `cpu`: the CPU's working state and its run loop.
-//! - `op`, `decode`, `code`: guest instructions decoded (by iced-x86) into compact operations, cached per physical page.
+//! - `op`, `decode`, `code`: guest instructions decoded (by iced-x86) into compact operations, cached per physical page;
+//!   `shared`: what the copies of one image share of it.
 //! - `ops`: what the operations do (integer); `simd`, `x87`: floating point and vectors.
 //! - `mem`, `mmu`: the software TLB's fast path; page walks, faults, MMIO and invalidation behind it.
 //! - `interrupt`, `system`: event delivery; control registers, MSRs, segments, privileged instructions.
@@ -24,6 +25,7 @@ mod mem;
 mod mmu;
 mod op;
 mod ops;
+mod shared;
 mod simd;
 pub mod state;
 mod system;
@@ -31,3 +33,4 @@ mod x87;
 
 pub use bus::{Bus, GuestRam, PageFlags};
 pub use cpu::{Cpu, Diagnostics, Exit, Kick};
+pub use shared::SharedCode;

@@ -53,6 +53,7 @@ impl Ram {
     /// resets that knowledge. Nobody may write meanwhile, and the CPU must forget which pages it may write before it
     /// runs again.
     pub(super) fn take_dirty(&self, mark: u8) -> Vec<u64> {
+        self.resealed.store(true, Ordering::Release);
         let mut dirty = Vec::new();
         for (page, flag) in self.flags.iter().enumerate() {
             // Most are clean: look before touching the cache line.

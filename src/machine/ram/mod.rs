@@ -17,10 +17,10 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use amber_x86::{GuestRam, PageFlags};
+use amber_x86::{GuestRam, PageFlags, SharedCode};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use self::capture::Aside;
@@ -43,6 +43,10 @@ pub trait PageSource: Send + Sync {
     /// # Errors
     /// Why the page cannot be had.
     fn ensure(&self, page: u64) -> Result<Range<u64>, String>;
+    /// What software CPUs have decoded of the image, to share it.
+    fn shared_code(&self) -> Option<Arc<SharedCode>> {
+        None
+    }
 }
 
 /// Guest RAM cannot be made.
@@ -97,6 +101,9 @@ pub struct Ram {
     mapping: Mapping,
     flags: Box<[AtomicU8]>,
     source: Option<Arc<dyn PageSource>>,
+    shared_code: Option<Arc<SharedCode>>,
+    /// Pages that are not dirty may differ from `source`: they were sealed in another image since.
+    resealed: AtomicBool,
     code_writes: Mutex<Vec<u64>>,
     code_listener: OnceLock<CodeListener>,
     /// What the guest overwrote of pages that a capture has not read yet.
@@ -177,8 +184,18 @@ impl Ram {
             let _ = madvise(mapping.start.as_ptr().cast(), len, Advice::LinuxDontFork);
             let _ = madvise(mapping.start.as_ptr().cast(), len, Advice::LinuxDontDump);
         }
-        let (code_writes, code_listener, aside) = (Mutex::default(), OnceLock::new(), Mutex::default());
-        Ok(Ram { map, mapping, flags, source, code_writes, code_listener, aside })
+        let shared_code = source.as_ref().and_then(|source| source.shared_code());
+        Ok(Ram {
+            map,
+            mapping,
+            flags,
+            source,
+            shared_code,
+            resealed: AtomicBool::new(false),
+            code_writes: Mutex::default(),
+            code_listener: OnceLock::new(),
+            aside: Mutex::default(),
+        })
     }
 
     /// Where this RAM is in the guest's physical address space.
@@ -325,6 +342,16 @@ unsafe impl GuestRam for Ram {
 
     fn take_code_writes(&self, out: &mut Vec<u64>) {
         out.append(&mut self.code_writes.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn shared_code(&self) -> Option<&SharedCode> {
+        if self.resealed.load(Ordering::Acquire) { None } else { self.shared_code.as_deref() }
+    }
+
+    fn sealed(&self, page: u64, offset: usize, out: &mut [u8]) -> bool {
+        let Some(source) = self.source.as_ref().filter(|_| page < self.map.pages()) else { return false };
+        let wanted = out.len();
+        rustix::io::pread(source.backing(), out, page * PAGE_SIZE + offset as u64).is_ok_and(|n| n == wanted)
     }
 }
 
