@@ -7,7 +7,7 @@ const {
   NotFoundError,
 } = require('..')
 const { SandboxError, TimeoutError } = require('..')
-const { ownStore, failure, until } = require('./support')
+const { ownStore, failure, failures, until } = require('./support')
 
 const store = ownStore()
 let sandbox
@@ -193,12 +193,12 @@ describe('background', () => {
 
   test('unknown processes', async () => {
     expect(await sandbox.commands.kill(999_999)).toBe(false)
-    for (const call of [
+    for (const error of await failures([
       sandbox.commands.connect(999_999),
       sandbox.commands.sendStdin(999_999, 'x'),
       sandbox.commands.closeStdin(999_999),
-    ]) {
-      expect(await failure(call)).toBeInstanceOf(NotFoundError)
+    ])) {
+      expect(error).toBeInstanceOf(NotFoundError)
     }
   })
 })

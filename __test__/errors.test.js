@@ -3,7 +3,7 @@ const { mkdirSync, readFileSync, readdirSync, rmSync, statSync, writeFileSync, c
 const path = require('node:path')
 const { InvalidArgumentError, Sandbox, SandboxCrashedError, SandboxError, TemplateError } = require('..')
 const { SandboxNotFoundError, TimeoutError } = require('..')
-const { ownStore, failure, until } = require('./support')
+const { ownStore, failure, failures, until } = require('./support')
 
 const store = ownStore()
 
@@ -35,7 +35,7 @@ test('an unknown template', async () => {
 })
 
 test('wrong arguments are refused before anything happens', async () => {
-  for (const call of [
+  for (const error of await failures([
     Sandbox.create(''),
     Sandbox.create({ template: 7 }),
     Sandbox.create({ timeoutMs: -1 }),
@@ -43,8 +43,8 @@ test('wrong arguments are refused before anything happens', async () => {
     Sandbox.connect(''),
     Sandbox.kill(undefined),
     Sandbox.deleteSnapshot(''),
-  ]) {
-    expect(await failure(call)).toBeInstanceOf(InvalidArgumentError)
+  ])) {
+    expect(error).toBeInstanceOf(InvalidArgumentError)
   }
   expect(() => Sandbox.list({ limit: 0 })).toThrow(InvalidArgumentError)
   expect(await failure(Sandbox.listSnapshots({ nextToken: 'x' }).nextItems())).toBeInstanceOf(
@@ -54,8 +54,12 @@ test('wrong arguments are refused before anything happens', async () => {
 
 test('calls on a sandbox that never was', async () => {
   const sandbox = new Sandbox({ sandboxId: 'i0000000000000000000' })
-  for (const call of [sandbox.getInfo(), sandbox.commands.run('true'), sandbox.createSnapshot()]) {
-    expect(await failure(call)).toBeInstanceOf(SandboxNotFoundError)
+  for (const error of await failures([
+    sandbox.getInfo(),
+    sandbox.commands.run('true'),
+    sandbox.createSnapshot(),
+  ])) {
+    expect(error).toBeInstanceOf(SandboxNotFoundError)
   }
   expect(await sandbox.isRunning()).toBe(false)
   expect(await sandbox.kill()).toBe(false)

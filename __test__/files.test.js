@@ -7,7 +7,7 @@ const {
   NotEnoughSpaceError,
   NotFoundError,
 } = require('..')
-const { ownStore, failure } = require('./support')
+const { ownStore, failure, failures } = require('./support')
 
 const store = ownStore()
 let sandbox
@@ -124,13 +124,12 @@ test('getInfo, exists, makeDir, rename, remove', async () => {
 })
 
 test('what is missing or wrong has a class of its own', async () => {
-  for (const call of [
+  for (const error of await failures([
     files.read('nope'),
     files.getInfo('nope'),
     files.rename('nope', 'x'),
     files.list('nope'),
-  ]) {
-    const error = await failure(call)
+  ])) {
     expect(error).toBeInstanceOf(FileNotFoundError)
     expect(error).toBeInstanceOf(NotFoundError)
     expect(error.message).toContain('nope')

@@ -1,7 +1,7 @@
 'use strict'
 const { CommandExitError, Git, GitAuthError, GitUpstreamError, InvalidArgumentError } = require('..')
 const { parseGitBranches, parseGitStatus } = require('../lib/git')
-const { ownStore, failure, until } = require('./support')
+const { ownStore, failure, failures, until } = require('./support')
 
 const store = ownStore()
 const AUTHOR = { authorName: 'A U Thor', authorEmail: 'author@example.com' }
@@ -140,7 +140,7 @@ test('wrong arguments are refused before anything runs', async () => {
     idle.configureUser('', 'e'),
     idle.dangerouslyAuthenticate({ username: 'u' }),
   ]
-  for (const call of calls) expect(await failure(call)).toBeInstanceOf(InvalidArgumentError)
+  for (const error of await failures(calls)) expect(error).toBeInstanceOf(InvalidArgumentError)
 })
 
 test('the porcelain formats', () => {

@@ -1,6 +1,6 @@
 'use strict'
 const { Sandbox, SandboxNotFoundError, TimeoutError } = require('..')
-const { ownStore, failure, until } = require('./support')
+const { ownStore, failure, failures, until } = require('./support')
 
 const store = ownStore()
 
@@ -33,8 +33,12 @@ test('create, connect, getInfo, kill', async () => {
   expect(await sandbox.kill()).toBe(false)
   expect(await Sandbox.kill('iunknown')).toBe(false)
   expect(await sandbox.isRunning()).toBe(false)
-  for (const call of [sandbox.getInfo(), sandbox.setTimeout(1000), Sandbox.connect(sandbox.sandboxId)]) {
-    expect(await failure(call)).toBeInstanceOf(SandboxNotFoundError)
+  for (const error of await failures([
+    sandbox.getInfo(),
+    sandbox.setTimeout(1000),
+    Sandbox.connect(sandbox.sandboxId),
+  ])) {
+    expect(error).toBeInstanceOf(SandboxNotFoundError)
   }
 })
 

@@ -64,6 +64,14 @@ async function failure(promise) {
   throw new Error(`Expected a rejection, got ${JSON.stringify(value)}`)
 }
 
+/**
+ * What each of several promises is rejected with. All are listened to from the start: one that rejects while another is awaited
+ * would count as unhandled.
+ */
+function failures(promises) {
+  return Promise.all(promises.map(failure))
+}
+
 /** Waits until `check` gives something true. */
 async function until(check, ms = 30_000) {
   const end = Date.now() + ms
@@ -75,4 +83,4 @@ async function until(check, ms = 30_000) {
   }
 }
 
-module.exports = { ROOT, ownStore, program, failure, until }
+module.exports = { ROOT, ownStore, program, failure, failures, until }
