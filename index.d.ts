@@ -152,7 +152,86 @@ export interface SnapshotInfo {
   snapshotId: string
   /** Names without tag; empty if none was given. */
   names: string[]
+  /** Its tag, `default` unless one was given. */
+  tag: string
+  /** When it was published. */
+  createdAt: Date
+  /** Bytes on disk of everything that it needs, shared with other snapshots or not. */
+  size: number
+  /** Bytes on disk that it added to the store. */
+  ownSize: number
+  /** The snapshot or template that its sandbox was created from. */
+  parentId?: string
+  /** The sandbox it was taken from. */
+  sandboxId?: string
+  /** That sandbox's metadata. */
+  metadata: Record<string, string>
 }
+
+/** Options of {@link Sandbox.deleteSnapshot}. */
+export interface DeleteSnapshotOpts extends ConnectionOpts {
+  /** Delete it although sandboxes that were created from it are running: they run on. Default `false`. */
+  force?: boolean
+}
+
+/** Options of {@link Sandbox.exportSnapshot}. */
+export interface ExportSnapshotOpts extends RequestOpts {
+  /** Layers to leave out because the reader has them: what `store.layers()` says there. */
+  without?: string[]
+}
+
+/** What {@link Sandbox.exportSnapshot} wrote. */
+export interface ExportedSnapshot {
+  snapshotId: string
+  /** Bytes written. */
+  bytes: number
+  /** Layers written. */
+  layers: number
+  /** Layers left out. */
+  leftOut: number
+}
+
+/** What {@link Store.verify} found. */
+export interface StoreReport {
+  snapshots: number
+  layers: number
+  frames: number
+  /** Damage; `snapshots` are those that it affects, as `id:tag`. */
+  problems: { snapshots: string[]; message: string }[]
+}
+
+/** What {@link Store.gc} removed. */
+export interface StoreCollected {
+  layers: number
+  bytes: number
+  /** Manifests that cannot be read. While there are any, nothing is removed. */
+  unreadable: number
+}
+
+/** What {@link Store.du} measured, in bytes. */
+export interface StoreUsage {
+  layerBytes: number
+  manifestBytes: number
+  /** Layers that no snapshot needs: what {@link Store.gc} frees. */
+  unreferencedBytes: number
+  /** Per snapshot, what deleting it would free. */
+  snapshots: { snapshotId: string; tag: string; bytes: number }[]
+}
+
+/** The store of snapshots on disk (`AMBERBOX_HOME`), which any number of processes share. */
+export interface Store {
+  /** Reads and checks everything. Damage does not throw: it is in the report. */
+  verify(opts?: RequestOpts): Promise<StoreReport>
+  /** Removes what no snapshot needs, and what killed processes left behind. */
+  gc(opts?: RequestOpts): Promise<StoreCollected>
+  /** How much disk the store and each snapshot use. */
+  du(opts?: RequestOpts): Promise<StoreUsage>
+  /** The ids of the layers that it has. */
+  layers(opts?: RequestOpts): Promise<string[]>
+}
+
+/** The store of this process. */
+export declare const store: Store
 
 /** Options of {@link Sandbox.createSnapshot}. */
 export interface CreateSnapshotOpts extends ConnectionOpts {
@@ -296,9 +375,32 @@ export declare class Sandbox implements AsyncDisposable {
    * Deletes a snapshot.
    *
    * @returns `false` if it does not exist
-   * @throws {@link SandboxError} `400: …` while running sandboxes were created from it; the message names them
+   * @throws {@link SandboxError} `400: …` while running sandboxes were created from it, unless `force` is set; the message
+   *   names them
    */
-  static deleteSnapshot(snapshotId: string, opts?: ConnectionOpts): Promise<boolean>
+  static deleteSnapshot(snapshotId: string, opts?: DeleteSnapshotOpts): Promise<boolean>
+
+  /**
+   * Writes a snapshot, by id or name, as one file or to a stream (which is ended).
+   *
+   * @throws {@link SandboxError} if there is no such snapshot, or the file exists
+   */
+  static exportSnapshot(
+    snapshotId: string,
+    destination: string | NodeJS.WritableStream,
+    opts?: ExportSnapshotOpts,
+  ): Promise<ExportedSnapshot>
+
+  /**
+   * Takes over a snapshot that {@link Sandbox.exportSnapshot} wrote, here or on another machine. All of it is verified
+   * before it is visible. It keeps its id if that is free here, and its names.
+   *
+   * @throws {@link SandboxError} if it is damaged, of a newer version, or leaves out a layer that is not here
+   */
+  static importSnapshot(
+    source: string | NodeJS.ReadableStream | AsyncIterable<Uint8Array>,
+    opts?: RequestOpts,
+  ): Promise<{ snapshotId: string; names: string[] }>
 
   /** Like {@link Sandbox.connect}, for this sandbox. */
   connect(opts?: SandboxConnectOpts): Promise<this>

@@ -9,6 +9,7 @@ const { Git } = require('./lib/git')
 const { CommandHandle, CommandResult, OutputChunk } = require('./lib/handle')
 const { SandboxPaginator, SnapshotPaginator } = require('./lib/paginator')
 const { Sandbox } = require('./lib/sandbox')
+const { store } = require('./lib/store')
 const { FilesystemEventType, WatchHandle } = require('./lib/watch')
 
 module.exports = {
@@ -27,6 +28,7 @@ module.exports = {
   Git,
   SandboxPaginator,
   SnapshotPaginator,
+  store,
   ConnectionConfig,
   getSignature,
   ALL_TRAFFIC: client.ALL_TRAFFIC,

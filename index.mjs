@@ -18,6 +18,7 @@ export const {
   Git,
   SandboxPaginator,
   SnapshotPaginator,
+  store,
   ConnectionConfig,
   getSignature,
   ALL_TRAFFIC,

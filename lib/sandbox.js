@@ -7,6 +7,7 @@ const { Filesystem } = require('./files')
 const { Git } = require('./git')
 const { InvalidArgumentError } = require('./errors')
 const { SandboxPaginator, SnapshotPaginator } = require('./paginator')
+const { exportSnapshot, importSnapshot } = require('./store')
 
 const DEFAULT_TEMPLATE = 'base'
 const DEFAULT_SANDBOX_TIMEOUT_MS = 300_000
@@ -32,6 +33,16 @@ function checkLimit(limit) {
   if (!Number.isInteger(limit) || limit < 1)
     throw new InvalidArgumentError('limit must be a whole number of at least 1')
   return limit
+}
+
+function snapshotInfo({ createdAtMs, parentId, sandboxId, metadata, ...raw }) {
+  return {
+    ...raw,
+    createdAt: new Date(createdAtMs),
+    parentId: parentId ?? undefined,
+    sandboxId: sandboxId ?? undefined,
+    metadata: JSON.parse(metadata || '{}'),
+  }
 }
 
 function stringMap(map, what) {
@@ -158,7 +169,7 @@ class Sandbox extends ClientFactory {
     const opts = this.resolveOpts(snapshotOpts) ?? {}
     checkString(sandboxId, 'sandboxId')
     const raw = await invoke((call) => native.createSnapshot(sandboxId, opts.name, call), opts, NO_TIMEOUT)
-    return { snapshotId: raw.snapshotId, names: raw.names }
+    return snapshotInfo(raw)
   }
 
   static listSnapshots(listOpts) {
@@ -170,15 +181,25 @@ class Sandbox extends ClientFactory {
         ...pageOpts,
       })
       return {
-        items: page.items.map(({ snapshotId, names }) => ({ snapshotId, names })),
+        items: page.items.map(snapshotInfo),
         nextToken: page.nextToken,
       }
     }, opts.nextToken)
   }
 
-  static async deleteSnapshot(snapshotId, opts) {
+  static async deleteSnapshot(snapshotId, deleteOpts) {
+    const opts = this.resolveOpts(deleteOpts)
     checkString(snapshotId, 'snapshotId')
-    return invoke((call) => native.deleteSnapshot(places(), snapshotId, call), this.resolveOpts(opts))
+    const force = opts?.force ?? false
+    return invoke((call) => native.deleteSnapshot(places(), snapshotId, force, call), opts)
+  }
+
+  static async exportSnapshot(snapshotId, destination, opts) {
+    return exportSnapshot(snapshotId, destination, this.resolveOpts(opts))
+  }
+
+  static async importSnapshot(source, opts) {
+    return importSnapshot(source, this.resolveOpts(opts))
   }
 
   async connect(connectOpts) {

@@ -10,6 +10,7 @@ pub mod call;
 pub mod files;
 pub mod processes;
 pub mod sandboxes;
+pub mod store;
 pub mod watches;
 
 use napi_derive::{module_init, napi};

@@ -238,11 +238,35 @@ pub struct JsSnapshot {
     pub snapshot_id: String,
     /// Its names, without tags.
     pub names: Vec<String>,
+    /// Its tag.
+    pub tag: String,
+    /// Milliseconds since the epoch.
+    pub created_at_ms: f64,
+    /// Bytes on disk of all that it needs.
+    pub size: f64,
+    /// Bytes on disk that it added.
+    pub own_size: f64,
+    /// What its sandbox was created from.
+    pub parent_id: Option<String>,
+    /// The sandbox it was taken from.
+    pub sandbox_id: Option<String>,
+    /// That sandbox's metadata, as JSON.
+    pub metadata: String,
 }
 
 impl From<sandbox::SnapshotInfo> for JsSnapshot {
     fn from(info: sandbox::SnapshotInfo) -> Self {
-        Self { snapshot_id: info.id, names: info.names }
+        Self {
+            snapshot_id: info.id,
+            names: info.names,
+            tag: info.tag,
+            created_at_ms: info.created_ms as f64,
+            size: info.size as f64,
+            own_size: info.own_size as f64,
+            parent_id: info.parent,
+            sandbox_id: info.source,
+            metadata: info.metadata,
+        }
     }
 }
 
@@ -307,15 +331,16 @@ pub fn list_snapshots(
     })
 }
 
-/// Deletes a snapshot. `false` if it does not exist.
+/// Deletes a snapshot, even one in use with `force`. `false` if it does not exist.
 #[napi]
 pub fn delete_snapshot(
     env: &Env,
     places: JsPlaces,
     id: String,
+    force: bool,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move { sandbox::delete_snapshot(places.home.into(), id).await })
+    call.run(env, async move { sandbox::delete_snapshot(places.home.into(), id, force).await })
 }
 
 /// Arguments of `buildTemplate`.

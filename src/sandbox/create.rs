@@ -52,7 +52,7 @@ pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
         Ok((store, meta, snapshot, Orphan::new(vm)))
     })
     .await?;
-    stores::keep_warm(snapshot);
+    stores::keep_warm(&snapshot);
     identify(&**orphan.vm(), &id, envs).await?;
     let vm = orphan.adopt();
     let identity = Identity {

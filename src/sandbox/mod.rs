@@ -16,6 +16,7 @@ mod ops;
 mod process;
 mod registry;
 mod snapshots;
+mod store;
 mod stores;
 mod template;
 #[cfg(test)]
@@ -34,6 +35,10 @@ pub use ops::{FileReader, FileWriter};
 pub use process::Process;
 pub use registry::{ListQuery, Page, Registry, registry};
 pub use snapshots::{SnapshotInfo, SnapshotQuery, create_snapshot, delete_snapshot, list_snapshots};
+pub use store::{
+    ExportInfo, StoreProblem, StoreReport, collect_store, export_snapshot, import_snapshot, store_layers,
+    store_usage, verify_store,
+};
 pub use stores::Places;
 pub use template::{TemplateRequest, TemplateResult, build_template};
 pub use vm::Facts;

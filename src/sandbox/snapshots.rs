@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use amber_layers::{Kind, ListFilter, NewSnapshot, SnapshotMeta, Store};
+use amber_layers::{Kind, ListFilter, NewSnapshot, Parent, SnapshotMeta, Store};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 
 use super::registry::{Page, page, registry};
@@ -17,11 +17,35 @@ pub struct SnapshotInfo {
     pub id: String,
     /// Its names, without tags.
     pub names: Vec<String>,
+    /// Its tag.
+    pub tag: String,
+    /// When it was published, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// Bytes on disk of all that it needs, shared with others or not.
+    pub size: u64,
+    /// Bytes on disk that it added.
+    pub own_size: u64,
+    /// The snapshot or template that its sandbox was created from.
+    pub parent: Option<String>,
+    /// The sandbox it was taken from.
+    pub source: Option<String>,
+    /// That sandbox's metadata, as a JSON object.
+    pub metadata: String,
 }
 
 impl From<&SnapshotMeta> for SnapshotInfo {
     fn from(meta: &SnapshotMeta) -> Self {
-        Self { id: meta.id.to_string(), names: meta.names.clone() }
+        Self {
+            id: meta.id.to_string(),
+            names: meta.names.clone(),
+            tag: meta.tag.clone(),
+            created_ms: meta.created_ms(),
+            size: meta.total_bytes,
+            own_size: meta.own_bytes,
+            parent: meta.parent.as_ref().map(|parent| parent.id.to_string()),
+            source: meta.source.clone(),
+            metadata: meta.metadata.clone(),
+        }
     }
 }
 
@@ -80,10 +104,17 @@ pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Resu
         names,
         tag,
         source: Some(sandbox.id().to_owned()),
-        metadata: "{}".to_owned(),
+        parent: parent_of(sandbox),
+        metadata: serde_json::to_string(sandbox.metadata()).unwrap_or_else(|_| "{}".to_owned()),
         ..NewSnapshot::default()
     };
     Ok(SnapshotInfo::from(&capture(sandbox, snapshot, exclusive).await?))
+}
+
+/// What the sandbox was created from, unless that was deleted.
+fn parent_of(sandbox: &Sandbox) -> Option<Parent> {
+    let found = sandbox.store().resolve(sandbox.template().as_str());
+    found.ok().flatten().map(|meta| meta.as_parent())
 }
 
 /// Publishes a snapshot of a sandbox in which all processes stand still, so that in a copy none of them runs before it has
@@ -175,20 +206,23 @@ fn parse_token(token: &str) -> Result<(u64, String, String), Error> {
     key.ok_or_else(|| Error::InvalidArgument("Invalid nextToken: pass what a paginator gave".to_owned()))
 }
 
-/// Deletes a snapshot. `false` if it does not exist; refused while running sandboxes came from it.
-pub async fn delete_snapshot(home: PathBuf, name: String) -> Result<bool, Error> {
+/// Deletes a snapshot. `false` if it does not exist; refused while running sandboxes came from it, unless by `force`: they run on.
+pub async fn delete_snapshot(home: PathBuf, name: String, force: bool) -> Result<bool, Error> {
     blocking(move || {
         let store: Arc<Store> = stores::open(&home)?;
         let Some(meta) = store.resolve(&name.to_lowercase())? else { return Ok(false) };
         if meta.kind == Kind::Template {
             return Err(Error::SnapshotInUse { id: name, users: "it is the base template".to_owned() });
         }
+        if force {
+            return Ok(store.delete_forced(&meta.id)?);
+        }
         let users = registry().users_of(&home, &meta.id);
         if !users.is_empty() {
             return Err(Error::SnapshotInUse {
                 id: meta.id.to_string(),
                 users: format!(
-                    "running sandboxes were created from it: {}. Kill them first",
+                    "running sandboxes were created from it: {}. Kill them first, or delete it with {{ force: true }}",
                     users.join(", ")
                 ),
             });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use amber_layers::{FormatError, ImageError, Snapshot, SnapshotId, Store, StoreError};
+use amber_layers::{FormatError, Image, ImageError, Snapshot, SnapshotId, Store, StoreError};
 
 use super::Error;
 
@@ -30,18 +30,55 @@ pub(super) fn open(home: &Path) -> Result<Arc<Store>, Error> {
         return Ok(Arc::clone(store));
     }
     let store = Arc::new(Store::open(home)?);
+    store.set_quota(quota(std::env::var(QUOTA).ok().as_deref())?);
     stores.insert(home.to_owned(), Arc::clone(&store));
     Ok(store)
 }
 
-/// How long a snapshot stays open after a sandbox was created from it, so that the next one finds its pages decoded.
-/// Short, because meanwhile no other process can delete it.
+/// Names the variable with the most bytes that layers and manifests may have for this process to add more.
+const QUOTA: &str = "AMBERBOX_STORE_QUOTA";
+
+/// A number of bytes, with K, M, G or T behind it for powers of 1024; nothing or 0 is no limit.
+fn quota(text: Option<&str>) -> Result<Option<u64>, Error> {
+    let Some(text) = text.map(str::trim).filter(|text| !text.is_empty()) else { return Ok(None) };
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if unit.is_ascii_alphabetic() => {
+            let shift = match unit.to_ascii_uppercase() {
+                'K' => Some(10),
+                'M' => Some(20),
+                'G' => Some(30),
+                'T' => Some(40),
+                _ => None,
+            };
+            (&text[..at], shift)
+        }
+        _ => (text, Some(0)),
+    };
+    let bytes = shift.and_then(|shift| digits.parse::<u64>().ok()?.checked_mul(1 << shift));
+    match bytes {
+        Some(bytes) => Ok((bytes > 0).then_some(bytes)),
+        None => Err(Error::InvalidArgument(format!(
+            "Invalid {QUOTA} '{text}': use a number of bytes, or one with K, M, G or T behind it, such as 20G"
+        ))),
+    }
+}
+
+/// How long the decoded pages of a snapshot are kept after a sandbox was created from it, so that the next one finds them. They
+/// do not keep the snapshot from being deleted.
 const WARM: Duration = Duration::from_secs(10);
 /// At most this many are kept open.
 const WARM_SNAPSHOTS: usize = 4;
 
-/// Snapshots that are kept open, with the time of their last use, the latest at the end.
-type WarmList = Vec<(Instant, Arc<Snapshot>)>;
+/// The images of one snapshot.
+struct Warm {
+    id: SnapshotId,
+    used: Instant,
+    memory: Arc<Image>,
+    _disk: Arc<Image>,
+}
+
+/// What is kept, the latest at the end.
+type WarmList = Vec<Warm>;
 
 static WARM_LIST: LazyLock<Mutex<WarmList>> = LazyLock::new(Mutex::default);
 
@@ -49,23 +86,24 @@ fn with_warm<T>(body: impl FnOnce(&mut WarmList) -> T) -> T {
     body(&mut WARM_LIST.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Keeps a snapshot open for a while. Must run on a tokio runtime.
-pub(super) fn keep_warm(snapshot: Arc<Snapshot>) {
+/// Keeps the images of a snapshot for a while. Must run on a tokio runtime.
+pub(super) fn keep_warm(snapshot: &Snapshot) {
     with_warm(|list| {
-        list.retain(|(_, other)| !Arc::ptr_eq(other, &snapshot));
-        list.push((Instant::now(), snapshot));
+        let (memory, disk) = (Arc::clone(snapshot.memory()), Arc::clone(snapshot.disk()));
+        list.retain(|warm| !Arc::ptr_eq(&warm.memory, &memory));
+        list.push(Warm { id: snapshot.meta().id.clone(), used: Instant::now(), memory, _disk: disk });
         let excess = list.len().saturating_sub(WARM_SNAPSHOTS);
         list.drain(..excess);
     });
     tokio::spawn(async {
         tokio::time::sleep(WARM).await;
-        with_warm(|list| list.retain(|(used, _)| used.elapsed() < WARM));
+        with_warm(|list| list.retain(|warm| warm.used.elapsed() < WARM));
     });
 }
 
-/// Closes what is only kept open by [`keep_warm`], because it is to be deleted.
+/// Lets go of what is only kept by [`keep_warm`], because it is to be deleted: its bytes come back at once.
 pub(super) fn cool(id: &SnapshotId) {
-    with_warm(|list| list.retain(|(_, snapshot)| snapshot.meta().id != *id));
+    with_warm(|list| list.retain(|warm| warm.id != *id));
 }
 
 /// The message with its causes, which the layers keep apart.
@@ -98,7 +136,7 @@ impl From<StoreError> for Error {
             StoreError::Format(format) | StoreError::Image(ImageError::Format(format)) => of_format(format),
             StoreError::MissingLayer { .. } => Self::SnapshotCorrupt(with_causes(&error)),
             StoreError::NotFound { name } => Self::UnknownTemplate(name.clone()),
-            StoreError::DiskFull { .. } => Self::StoreFull(with_causes(&error)),
+            StoreError::DiskFull { .. } | StoreError::Quota { .. } => Self::StoreFull(with_causes(&error)),
             StoreError::InvalidName { .. } | StoreError::NameConflict { .. } => {
                 Self::InvalidArgument(with_causes(&error))
             }
@@ -115,6 +153,22 @@ impl From<ImageError> for Error {
         match &error {
             ImageError::Format(format) => of_format(format),
             _ => Self::Store(with_causes(&error)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotas_are_read() {
+        let fine = |text| quota(Some(text)).unwrap();
+        assert_eq!(quota(None).unwrap(), None);
+        assert_eq!((fine(""), fine("0"), fine(" 5 ")), (None, None, Some(5)));
+        assert_eq!((fine("2k"), fine("20G"), fine("1T")), (Some(2048), Some(20 << 30), Some(1 << 40)));
+        for bad in ["G", "-1", "1.5G", "5X", "99999999999999999999", "999999999999T", "ä"] {
+            assert!(quota(Some(bad)).is_err(), "{bad}");
         }
     }
 }

@@ -103,7 +103,7 @@ pub struct LayerId(pub [u8; 32]);
 
 impl LayerId {
     /// Reads 64 lower-case hexadecimal digits.
-    pub(crate) fn parse(text: &str) -> Option<LayerId> {
+    pub fn parse(text: &str) -> Option<LayerId> {
         let digits = text.as_bytes();
         if digits.len() != 64 || !digits.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return None;
