@@ -464,6 +464,103 @@ fn hostile_snapshots_are_refused_with_a_reason() {
     assert!(rig.restore(&bad).is_ok());
 }
 
+/// Changes one value somewhere in a CBOR value. `dice` is used up from the front.
+fn mutate(value: &mut ciborium::Value, dice: &mut impl Iterator<Item = u8>) {
+    use ciborium::Value;
+    let mut roll = || usize::from(dice.next().unwrap_or(0)) << 8 | usize::from(dice.next().unwrap_or(0));
+    let (at, what) = (roll(), roll());
+    match value {
+        Value::Map(entries) if !entries.is_empty() && what % 16 > 0 => {
+            let at = at % entries.len();
+            mutate(&mut entries[at].1, dice);
+        }
+        Value::Array(items) if !items.is_empty() && what % 8 > 0 => {
+            let at = at % items.len();
+            mutate(&mut items[at], dice);
+        }
+        Value::Array(items) if what % 2 == 0 => items.extend(items.clone()),
+        Value::Array(items) => items.truncate(at % (items.len() + 1)),
+        Value::Bytes(bytes) if !bytes.is_empty() && what % 8 > 0 => {
+            let len = bytes.len();
+            bytes[at % len] ^= 1 << (what % 8);
+        }
+        Value::Bytes(bytes) => bytes.truncate(at / 2),
+        Value::Integer(number) if what % 8 > 0 => {
+            let old = u64::try_from(i128::from(*number)).unwrap_or(0);
+            let new = match what % 6 {
+                0 => old ^ 1 << (at % 64),
+                1 => old.wrapping_add(1),
+                2 => old.wrapping_sub(1),
+                3 => u64::MAX >> (at % 64),
+                4 => 0,
+                _ => at as u64,
+            };
+            *value = Value::Integer(new.into());
+        }
+        Value::Bool(on) if what % 4 > 0 => *on = !*on,
+        other => {
+            *other = match what % 5 {
+                0 => Value::Null,
+                1 => Value::Integer((at as i64 - 30_000).into()),
+                2 => Value::Text("text".into()),
+                3 => Value::Array(Vec::new()),
+                _ => Value::Map(Vec::new()),
+            };
+        }
+    }
+}
+
+/// A section with some values changed.
+fn mutated(bytes: &[u8], noise: &[u8; 64], changes: u64) -> Vec<u8> {
+    let mut value: ciborium::Value = ciborium::from_reader(bytes).unwrap();
+    let mut dice = noise.iter().copied();
+    (0..changes).for_each(|_| mutate(&mut value, &mut dice));
+    let mut out = Vec::new();
+    ciborium::into_writer(&value, &mut out).unwrap();
+    out
+}
+
+/// State that nobody wrote: each part refuses it with a reason or can live with it; whatever the guest then does ends at
+/// most its own machine. `AMBERBOX_FUZZ_CASES` runs more than continuous integration does.
+#[test]
+fn state_that_nobody_wrote_is_refused_or_harmless() {
+    let cases = std::env::var("AMBERBOX_FUZZ_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(120);
+    let rig = Rig::new();
+    let machine = rig.run(&ticker());
+    wait("ticks", || machine.diagnostics().wakeups > 3);
+    let (_, good) = rig.snapshot(&machine);
+    drop(machine);
+    let (mut refused, mut lived) = (0, 0);
+    for case in 0..cases {
+        // The same cases each time, different ones everywhere.
+        let mut noise = [0; 64];
+        blake3::Hasher::new().update(&u64::to_le_bytes(case)).finalize_xof().fill(&mut noise);
+        let id = 0x100 + (case % 8) as u16;
+        let bad =
+            tampered(&rig, &good, id, &|bytes: &[u8]| Some((1, mutated(bytes, &noise, case / 8 % 3 + 1))));
+        match rig.restore(&bad) {
+            Err(MachineError::Snapshot(_) | MachineError::RamSize { .. } | MachineError::Ram(_)) => {
+                refused += 1
+            }
+            Err(e) => panic!("case {case}: {e:?}"),
+            Ok(copy) => {
+                lived += 1;
+                // It may end at once, but only as a machine does that was told so.
+                if copy.resume().is_ok() {
+                    std::thread::sleep(Duration::from_millis(2));
+                    copy.kill();
+                }
+                let end = copy.end().unwrap();
+                assert!(end.kind != EndKind::Failed || !end.detail.contains("panic"), "case {case}: {end}");
+            }
+        }
+        let id = bad.meta().id.clone();
+        drop(bad);
+        rig.store.delete(&id).unwrap();
+    }
+    assert!(refused > cases / 10 && lived > cases / 10, "{refused} refused, {lived} lived");
+}
+
 #[test]
 fn what_cannot_boot_says_why() {
     let rig = Rig::new();
