@@ -412,6 +412,8 @@ impl Machine {
         if let Some(mut held) = core.hold()
             && let Some(guts) = held.guts()
         {
+            // Those that are not collected now are so by the next capture.
+            let _ = guts.vcpu.collect_dirty();
             (diagnostics.dirty_pages, diagnostics.absent_pages) = guts.ram.counts();
             diagnostics.unknown_msrs.clone_from(&guts.unknown_msrs);
             diagnostics.rip = guts.vcpu.state().map_or(0, |state| state.rip);

@@ -15,8 +15,8 @@ use super::*;
 use crate::devices::disk::Disk;
 
 /// Where the guests run and count.
-const CODE: u64 = 0x100_0000;
-const COUNTER: u64 = 0x120_0000;
+pub(super) const CODE: u64 = 0x100_0000;
+pub(super) const COUNTER: u64 = 0x120_0000;
 
 /// An ELF file with one segment at [`CODE`], which is also its entry.
 pub(super) fn kernel(code: &[u8]) -> Vec<u8> {
@@ -33,16 +33,16 @@ pub(super) fn kernel(code: &[u8]) -> Vec<u8> {
 }
 
 /// `out 0x3f8, 'A'; out 0x64, 0xfe`: says something and resets.
-const RESET: [u8; 12] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+pub(super) const RESET: [u8; 12] = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'A', 0xee, 0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 /// `ud2` without an interrupt table.
-const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
+pub(super) const TRIPLE_FAULT: [u8; 2] = [0x0f, 0x0b];
 /// `cli; hlt`
-const POWER_OFF: [u8; 2] = [0xfa, 0xf4];
+pub(super) const POWER_OFF: [u8; 2] = [0xfa, 0xf4];
 /// `loop: inc qword [COUNTER]; jmp loop`
-const COUNT: [u8; 10] = [0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x01, 0xeb, 0xf6];
+pub(super) const COUNT: [u8; 10] = [0x48, 0xff, 0x04, 0x25, 0x00, 0x00, 0x20, 0x01, 0xeb, 0xf6];
 
 /// Sleeps, and counts the ticks of a periodic timer of 1 ms.
-fn ticker() -> Vec<u8> {
+pub(super) fn ticker() -> Vec<u8> {
     let mut image = vec![0; 0xc10];
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     let lapic = |register: u16, value: u32| {
@@ -68,20 +68,25 @@ fn ticker() -> Vec<u8> {
     image
 }
 
-struct Rig {
+pub(super) struct Rig {
     dir: TempDir,
-    store: Arc<Store>,
+    pub(super) store: Arc<Store>,
+    backend: &'static dyn Backend,
 }
 
 impl Rig {
     fn new() -> Rig {
+        Rig::on(&Soft)
+    }
+
+    pub(super) fn on(backend: &'static dyn Backend) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("rootfs"), vec![0x5a; 1 << 20]).unwrap();
         let store = Arc::new(Store::open(&dir.path().join("store")).unwrap());
-        Rig { dir, store }
+        Rig { dir, store, backend }
     }
 
-    fn config(&self, code: &[u8]) -> BootConfig {
+    pub(super) fn config(&self, code: &[u8]) -> BootConfig {
         let path = |name: &str| -> PathBuf { self.dir.path().join(name) };
         std::fs::write(path("kernel"), kernel(code)).unwrap();
         BootConfig {
@@ -95,34 +100,38 @@ impl Rig {
         }
     }
 
-    fn boot(&self, code: &[u8]) -> Machine {
-        Machine::boot(self.config(code), &Soft).unwrap()
+    pub(super) fn boot(&self, code: &[u8]) -> Machine {
+        Machine::boot(self.config(code), self.backend).unwrap()
     }
 
-    fn run(&self, code: &[u8]) -> Machine {
+    pub(super) fn run(&self, code: &[u8]) -> Machine {
         let machine = self.boot(code);
         machine.resume().unwrap();
         machine
     }
 
-    fn snapshot(&self, machine: &Machine) -> (Captured, Arc<Snapshot>) {
+    pub(super) fn snapshot(&self, machine: &Machine) -> (Captured, Arc<Snapshot>) {
         let captured = machine.capture(&self.store, NewSnapshot::default()).unwrap();
         let snapshot = self.store.open_snapshot(&captured.meta.id).unwrap();
         (captured, snapshot)
     }
 
     fn restore(&self, snapshot: &Arc<Snapshot>) -> Result<Machine, MachineError> {
-        Machine::restore(snapshot, RestoreConfig { storage: DiskStorage::Memory }, &Soft)
+        restore_on(self.backend, snapshot)
     }
 }
 
-fn counter(snapshot: &Snapshot) -> u64 {
+pub(super) fn restore_on(backend: &dyn Backend, snapshot: &Arc<Snapshot>) -> Result<Machine, MachineError> {
+    Machine::restore(snapshot, RestoreConfig { storage: DiskStorage::Memory }, backend)
+}
+
+pub(super) fn counter(snapshot: &Snapshot) -> u64 {
     let mut page: Page = [0; 4096];
     snapshot.memory().read_page(COUNTER / 4096, &mut page).unwrap();
     u64::from_le_bytes(page[..8].try_into().unwrap())
 }
 
-fn wait(what: &str, condition: impl Fn() -> bool) {
+pub(super) fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         assert!(started.elapsed() < Duration::from_secs(60), "{what} did not happen");
@@ -130,7 +139,7 @@ fn wait(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-fn end_of(machine: &Machine) -> MachineEnd {
+pub(super) fn end_of(machine: &Machine) -> MachineEnd {
     wait("the end", || machine.end().is_some());
     machine.end().unwrap()
 }
@@ -397,10 +406,10 @@ impl Vcpu for UnguardedVcpu {
 
 #[test]
 fn a_capture_behind_a_guest_that_writes_holds_one_moment() {
-    for backend in [&Soft as &dyn Backend, &Unguarded] {
-        let rig = Rig::new();
-        let machine = Machine::boot(rig.config(&WRITE), backend).unwrap();
-        machine.resume().unwrap();
+    let kvm = super::kvm::tests::usable();
+    for backend in [&Soft as &'static dyn Backend, &Unguarded].into_iter().chain(kvm) {
+        let rig = Rig::on(backend);
+        let machine = rig.run(&WRITE);
         wait("the first pass", || machine.diagnostics().dirty_pages > WRITTEN);
         let mut last = 0;
         for round in 0..6 {
@@ -420,8 +429,7 @@ fn a_capture_behind_a_guest_that_writes_holds_one_moment() {
             assert!(words[0] > last || round == 0 && words[0] > 0);
             last = words[0];
             // The copy goes on from there.
-            let copy =
-                Machine::restore(&snapshot, RestoreConfig { storage: DiskStorage::Memory }, backend).unwrap();
+            let copy = rig.restore(&snapshot).unwrap();
             copy.resume().unwrap();
             wait("the copy's pass", || copy.diagnostics().dirty_pages >= WRITTEN);
         }
@@ -559,6 +567,17 @@ fn state_that_nobody_wrote_is_refused_or_harmless() {
         rig.store.delete(&id).unwrap();
     }
     assert!(refused > cases / 10 && lived > cases / 10, "{refused} refused, {lived} lived");
+}
+
+#[test]
+fn the_number_of_cpus_is_checked_and_the_software_cpu_has_one() {
+    let rig = Rig::new();
+    for cpus in [0, platform::MAX_CPUS + 1] {
+        let config = BootConfig { cpus, ..rig.config(&COUNT) };
+        assert!(matches!(Machine::boot(config, &Soft), Err(MachineError::CpuCount { .. })));
+    }
+    let refused = Machine::boot(BootConfig { cpus: 2, ..rig.config(&COUNT) }, &Soft).unwrap_err();
+    assert!(matches!(refused, MachineError::Cpu { reason: BackendError::Cpus(2), .. }), "{refused}");
 }
 
 #[test]

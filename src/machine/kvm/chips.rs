@@ -160,3 +160,95 @@ pub(super) fn to_pics(state: &PitState) -> [kvm_irqchip; 2] {
     }
     chips
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::irq::Irqchip;
+
+    /// A local APIC with its timer at vector 0xec, as after `count` was written at time 0, at time `now`.
+    fn lapic(count: u32, now: u64) -> LapicState {
+        let chip = Irqchip::new(1);
+        chip.write_lapic(0xf0, 0x1ff, 0);
+        chip.write_lapic(0x3e0, 0xb, 0);
+        chip.write_lapic(0x320, 0xec, 0);
+        chip.write_lapic(0x380, count, 0);
+        let state = chip.state(now).unwrap().lapic;
+        chip.acknowledge();
+        state
+    }
+
+    fn requested(state: &LapicState, vector: u8) -> bool {
+        state.page[IRR + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8)] & 1 << (vector % 8)
+            != 0
+    }
+
+    #[test]
+    fn a_running_timer_goes_on_with_what_it_has_left() {
+        let state = lapic(5000, 2000);
+        let there = to_lapic(&state);
+        assert_eq!(Registers(from_lapic(&there, None).page).get(TMCCT), 3000);
+        assert_eq!(from_lapic(&there, None), state);
+    }
+
+    #[test]
+    fn a_timer_that_ran_out_in_kvm_has_its_interrupt_requested_once() {
+        let mut there = to_lapic(&lapic(5000, 2000));
+        there.regs[TMCCT..TMCCT + 4].fill(0);
+        let back = from_lapic(&there, None);
+        assert!(requested(&back, 0xec));
+        assert_eq!(Registers(back.page.clone()).get(TMICT), 0);
+        // A masked one asks for nothing.
+        there.regs[LVT_TIMER + 2] = 1;
+        assert!(!requested(&from_lapic(&there, None), 0xec));
+        // Nor does KVM start a timer anew that the software CPU has let run out.
+        let done = to_lapic(&lapic(5000, 9000));
+        assert!(done.regs[TMICT..TMICT + 4].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn an_interrupt_accepted_and_not_handled_is_requested_again() {
+        let mut regs = Registers(lapic(0, 0).page);
+        regs.set_bit(ISR, 0x31, true);
+        let back = from_lapic(&to_lapic(&LapicState { page: regs.0 }), Some(0x31));
+        assert!(requested(&back, 0x31));
+        let mut regs = Registers(back.page);
+        assert_eq!(regs.get(ISR + 16) & 1 << 17, 0);
+        regs.set_bit(IRR, 0x31, false);
+        assert_eq!(regs.get(IRR + 16), 0);
+    }
+
+    #[test]
+    fn the_io_apic_comes_back_but_for_the_levels_of_its_lines() {
+        let chip = Irqchip::new(3);
+        for (pin, low) in [(5, 0x35), (9, 0x8039)] {
+            chip.write_ioapic(0, 0x10 + pin * 2);
+            chip.write_ioapic(0x10, low);
+        }
+        let state = IoapicState { irr: 1 << 5 | 1 << 9, ..chip.state(0).unwrap().ioapic };
+        let there = to_ioapic(&state);
+        // SAFETY: all members of the union are plain integers.
+        let requested = unsafe { there.chip.ioapic }.irr;
+        assert_eq!(requested, 1 << 9, "the rise of the edge-triggered line has been delivered");
+        assert_eq!(from_ioapic(&there), IoapicState { irr: 0, ..state });
+    }
+
+    #[test]
+    fn the_interval_timer_goes_on_in_its_mode_or_stays_stopped() {
+        let chip = Irqchip::new(1);
+        chip.write_pit(0x21, 0xfb, 0);
+        let masks = |state: &PitState| state.masks();
+        let back = |state: &PitState| {
+            let pics = to_pics(state);
+            from_pit(&to_pit(state), [&pics[0], &pics[1]], 7)
+        };
+        let stopped = chip.state(0).unwrap().pit;
+        assert_eq!((back(&stopped).programmed(), masks(&back(&stopped))), (None, [0xfb, 0xff]));
+        for (port, value) in [(0x43, 0x34), (0x40, 0x9c), (0x40, 0x2e)] {
+            chip.write_pit(port, value, 0);
+        }
+        let running = chip.state(0).unwrap().pit;
+        let programmed = Some(Programmed { mode: 2, access: 3, count: 11932 });
+        assert_eq!((running.programmed(), back(&running).programmed()), (programmed, programmed));
+    }
+}

@@ -74,3 +74,50 @@ pub(in crate::machine) fn check(supported: &[kvm_cpuid_entry2]) -> Result<(), St
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host that has just what the platform asks for.
+    fn host() -> Vec<kvm_cpuid_entry2> {
+        table(0).unwrap().as_slice().to_vec()
+    }
+
+    #[test]
+    fn the_table_is_the_platforms_and_differs_by_the_apic_id_alone() {
+        let (first, third) = (host(), table(2).unwrap());
+        for (a, b) in first.iter().zip(third.as_slice()) {
+            let [eax, ebx, ecx, edx] = platform::cpuid(a.function, 0);
+            assert_eq!([a.eax, a.ebx, a.ecx, a.edx], [eax, ebx, ecx, edx], "{:#x}", a.function);
+            let apic_id = if a.function == 1 { 2 << 24 } else { 0 };
+            assert_eq!([b.eax, b.ebx, b.ecx, b.edx], [eax, ebx | apic_id, ecx, edx], "{:#x}", a.function);
+        }
+        for leaf in [0, 0xd, 0x4000_0001, 0x8000_0008] {
+            assert!(first.iter().any(|entry| entry.function == leaf), "{leaf:#x}");
+        }
+    }
+
+    #[test]
+    fn a_host_that_lacks_a_feature_is_refused_by_its_name() {
+        assert_eq!(check(&host()), Ok(()));
+        for (leaf, register, bit, name) in NAMES {
+            let mut host = host();
+            let entry = host.iter_mut().find(|entry| entry.function == leaf).unwrap();
+            let words = [&mut entry.eax, &mut entry.ebx, &mut entry.ecx, &mut entry.edx];
+            *words[register] &= !(1 << bit);
+            let refusal = check(&host).unwrap_err();
+            assert!(refusal.contains(&format!("has no {name},")), "{refusal}");
+        }
+        assert!(check(&[]).is_err());
+    }
+
+    #[test]
+    fn what_is_only_fast_may_be_missing() {
+        let mut host = host();
+        for entry in host.iter_mut().filter(|entry| entry.function == 7) {
+            (entry.ebx, entry.edx) = (entry.ebx & !(1 << 9), 0);
+        }
+        assert_eq!(check(&host), Ok(()));
+    }
+}

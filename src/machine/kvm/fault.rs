@@ -319,4 +319,21 @@ mod tests {
         drop(filler);
         assert_eq!(Arc::strong_count(&ram), 1);
     }
+
+    #[test]
+    fn a_page_that_cannot_be_had_is_an_error_for_the_kernel_and_has_its_reason() {
+        let mut image = TestImage::new(512, &[(0, 512)]);
+        image.broken = Some(0x100);
+        let ram = Arc::new(Ram::restore(MemoryMap::with_pages(512), Arc::new(image)).unwrap());
+        let Some(filler) = filler(&ram) else { return };
+        let touch = |page: u64| {
+            let (_reader, writer) = std::io::pipe().unwrap();
+            // SAFETY: asks the kernel to read one byte of the mapping, as KVM does: a fault there is an error.
+            unsafe { libc::write(writer.as_raw_fd(), ram.host().add((page * PAGE_SIZE) as usize).cast(), 1) }
+        };
+        assert_eq!(touch(0xff), 1);
+        assert_eq!(touch(0x100), -1, "what is not there cannot be read");
+        assert_eq!(filler.failure().as_deref(), Some("Broken"));
+        assert_eq!(touch(0x1ff), 1, "the others can be had");
+    }
 }

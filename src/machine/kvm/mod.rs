@@ -14,6 +14,8 @@ mod fault;
 mod kick;
 mod present;
 mod state;
+#[cfg(test)]
+pub(super) mod tests;
 mod vcpu;
 mod vm;
 

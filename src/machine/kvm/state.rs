@@ -169,3 +169,90 @@ impl KvmState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn segment() -> impl Strategy<Value = SegmentState> {
+        let bits = any::<u16>().prop_map(|bits| bits & 0xf0ff);
+        (any::<u16>(), any::<u64>(), any::<u32>(), bits).prop_map(|(selector, base, limit, attributes)| {
+            SegmentState { selector, base, limit, attributes }
+        })
+    }
+
+    fn table() -> impl Strategy<Value = TableState> {
+        (any::<u64>(), any::<u16>()).prop_map(|(base, limit)| TableState { base, limit })
+    }
+
+    fn state() -> impl Strategy<Value = CpuState> {
+        let segments = prop::array::uniform8(segment());
+        let msrs = prop::array::uniform12(any::<u64>());
+        let control = prop::array::uniform6(any::<u64>());
+        let image = prop::collection::vec(any::<u8>(), FXSAVE);
+        let words = (prop::array::uniform16(any::<u64>()), any::<[u64; 2]>(), any::<[u64; 4]>());
+        (words, segments, [table(), table()], control, msrs, image, any::<[bool; 2]>()).prop_map(
+            |((gpr, [rip, rflags], dr), s, [gdtr, idtr], control, values, mut fxsave, [halted, shadow])| {
+                let [cr0, cr2, cr3, cr4, dr6, dr7] = control;
+                let indices = MSRS.into_iter().chain([MSR_EFER]);
+                let mut msrs: Vec<(u32, u64)> = indices.zip(values).collect();
+                msrs.sort_unstable();
+                fxsave[FXSAVE_USED..].fill(0);
+                fxsave[MXCSR_MASK].copy_from_slice(&[0xff, 0xff, 0, 0]);
+                let segments = [s[0], s[1], s[2], s[3], s[4], s[5]];
+                let (ldtr, tr) = (s[6], s[7]);
+                #[rustfmt::skip]
+                let state = CpuState {
+                    gpr, rip, rflags, segments, ldtr, tr, gdtr, idtr, cr0, cr2, cr3, cr4, dr, dr6, dr7, msrs,
+                    fxsave, halted, interrupt_shadow: shadow,
+                };
+                state
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn every_state_comes_back_as_it_was(state in state()) {
+            let there = KvmState::new(&state, kvm_sregs::default()).unwrap();
+            prop_assert_eq!(there.neutral(), state);
+        }
+    }
+
+    #[test]
+    fn an_event_under_way_and_the_apic_are_not_the_states() {
+        let sregs =
+            kvm_sregs { apic_base: 0xfee0_0900, cr8: 5, interrupt_bitmap: [1; 4], ..Default::default() };
+        let mut cpu = KvmState::new(&sample(), sregs).unwrap();
+        assert_eq!((cpu.sregs.apic_base, cpu.sregs.cr8), (0xfee0_0900, 5));
+        assert_eq!(cpu.sregs.interrupt_bitmap, [0; 4]);
+        cpu.events.exception.injected = 1;
+        cpu.events.interrupt.injected = 1;
+        assert_eq!(cpu.neutral(), sample());
+    }
+
+    #[test]
+    fn a_state_that_is_none_is_refused() {
+        let msrs = vec![(0x10, 0)];
+        assert!(KvmState::new(&CpuState { msrs, ..sample() }, kvm_sregs::default()).is_err());
+        let fxsave = vec![0; 511];
+        assert!(KvmState::new(&CpuState { fxsave, ..sample() }, kvm_sregs::default()).is_err());
+    }
+
+    fn sample() -> CpuState {
+        let sregs = kvm_sregs::default();
+        let msrs = MSRS.map(|index| kvm_msr_entry { index, ..Default::default() }).to_vec();
+        let (regs, debug, events) = Default::default();
+        let (xsave, mp) = (kvm_xsave::default(), kvm_mp_state::default());
+        KvmState { regs, sregs, debug, msrs, xsave, events, mp }.neutral()
+    }
+
+    #[test]
+    fn a_segment_that_kvm_cannot_use_is_not_present() {
+        let data = kvm_segment { type_: 3, s: 1, present: 1, ..Default::default() };
+        assert_eq!(from_segment(&data).attributes, 0x93);
+        assert_eq!(from_segment(&kvm_segment { unusable: 1, ..data }).attributes, 0x13);
+    }
+}

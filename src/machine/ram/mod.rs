@@ -395,7 +395,7 @@ pub(crate) mod tests {
         pages: u64,
         runs: Vec<(u64, u64)>,
         pub(crate) asked: Mutex<Vec<u64>>,
-        broken: Option<u64>,
+        pub(crate) broken: Option<u64>,
     }
 
     impl TestImage {
