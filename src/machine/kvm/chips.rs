@@ -1,9 +1,9 @@
 //! The interrupt controllers' state in KVM's terms, and back. Pure conversions.
 //!
 //! KVM's local APIC page is the neutral one. Two things happen to it on the way out. An interrupt that the CPU has
-//! accepted and not yet begun to handle goes back from "in service" to "requested". And a one-shot timer that has run out
-//! counts as requested too: KVM may have noted that only outside the page, and a guest minds one timer interrupt too many
-//! far less than one that never comes.
+//! accepted and not yet begun to handle goes back from "in service" to "requested". And the interrupt of a timer that has
+//! run out counts as requested too: KVM may have noted that only outside the page, and a guest minds one timer interrupt
+//! too many far less than one that never comes.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_ioapic_state, kvm_irqchip,
@@ -24,6 +24,7 @@ const TMCCT: usize = 0x390;
 /// LVT bits.
 const MASKED: u32 = 1 << 16;
 const TIMER_MODE: u32 = 3 << 17;
+const PERIODIC: u32 = 1 << 17;
 /// A counter channel in no mode: nothing counts.
 const NO_MODE: u8 = 0xff;
 
@@ -47,10 +48,13 @@ impl Registers {
         self.set(at, if on { old | bit } else { old & !bit });
     }
 
-    /// A one-shot timer has an initial count and nothing left of it.
+    /// The timer has an initial count and nothing left of it.
     fn timer_ran_out(&self) -> bool {
-        let lvt = self.get(LVT_TIMER);
-        lvt & TIMER_MODE == 0 && self.get(TMICT) != 0 && self.get(TMCCT) == 0
+        self.get(TMICT) != 0 && self.get(TMCCT) == 0
+    }
+
+    fn timer_mode(&self) -> u32 {
+        self.get(LVT_TIMER) & TIMER_MODE
     }
 }
 
@@ -66,7 +70,11 @@ pub(super) fn from_lapic(lapic: &kvm_lapic_state, accepted: Option<u8>) -> Lapic
         if lvt & MASKED == 0 && lvt as u8 >= 16 {
             regs.set_bit(IRR, lvt as u8, true);
         }
-        regs.set(TMICT, 0);
+        if regs.timer_mode() == PERIODIC {
+            regs.set(TMCCT, regs.get(TMICT));
+        } else {
+            regs.set(TMICT, 0);
+        }
     }
     LapicState { page: regs.0 }
 }
@@ -75,7 +83,7 @@ pub(super) fn from_lapic(lapic: &kvm_lapic_state, accepted: Option<u8>) -> Lapic
 pub(super) fn to_lapic(state: &LapicState) -> kvm_lapic_state {
     let mut regs = Registers(state.page.clone());
     // KVM starts a timer that has nothing left: it would fire once more.
-    if regs.timer_ran_out() {
+    if regs.timer_ran_out() && regs.timer_mode() != PERIODIC {
         regs.set(TMICT, 0);
     }
     let mut lapic = kvm_lapic_state::default();
@@ -201,6 +209,11 @@ mod tests {
         // A masked one asks for nothing.
         there.regs[LVT_TIMER + 2] = 1;
         assert!(!requested(&from_lapic(&there, None), 0xec));
+        // A periodic one starts its next period.
+        there.regs[LVT_TIMER + 2] = 2;
+        let periodic = from_lapic(&there, None);
+        assert!(requested(&periodic, 0xec));
+        assert_eq!(Registers(periodic.page).get(TMCCT), 5000);
         // Nor does KVM start a timer anew that the software CPU has let run out.
         let done = to_lapic(&lapic(5000, 9000));
         assert!(done.regs[TMICT..TMICT + 4].iter().all(|byte| *byte == 0));

@@ -2,7 +2,6 @@
 //! `AMBERBOX_BACKEND=kvm` says that it does, and say that they are skipped elsewhere.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::Kvm;
 use crate::machine::probe::{self, Verdict};
@@ -43,13 +42,13 @@ fn a_spinning_guest_stops_when_told_and_goes_on() {
     let machine = rig.run(&COUNT);
     let mut last = 0;
     for _ in 0..3 {
-        machine.pause().unwrap();
-        let first = counter(&rig.snapshot(&machine).1);
-        assert!(first > last);
-        assert_eq!(counter(&rig.snapshot(&machine).1), first);
-        last = first;
-        machine.resume().unwrap();
-        std::thread::sleep(Duration::from_millis(20));
+        wait("counting", || {
+            machine.pause().unwrap();
+            let first = counter(&rig.snapshot(&machine).1);
+            assert_eq!(counter(&rig.snapshot(&machine).1), first, "it stands still");
+            machine.resume().unwrap();
+            std::mem::replace(&mut last, first) < first
+        });
     }
     machine.kill();
     assert_eq!(end_of(&machine).kind, EndKind::Killed);
@@ -59,7 +58,6 @@ fn a_spinning_guest_stops_when_told_and_goes_on() {
 fn a_halted_guest_can_be_killed() {
     let Some(rig) = rig() else { return };
     let machine = rig.run(&POWER_OFF);
-    std::thread::sleep(Duration::from_millis(10));
     machine.kill();
     assert!(machine.end().is_some());
 }
@@ -70,13 +68,12 @@ fn a_guest_that_lives_on_its_timer_moves_between_backends() {
     let mut machine = rig.run(&ticker());
     let mut last = 0;
     for backend in [&Soft as &dyn Backend, &Kvm, &Soft, &Kvm, &Kvm] {
-        let mut latest = rig.snapshot(&machine).1;
+        let mut latest = None;
         wait("ticks", || {
-            latest_of(&rig, &machine, last + 20).is_some_and(|snapshot| {
-                latest = snapshot;
-                true
-            })
+            latest = latest_of(&rig, &machine, last + 20);
+            latest.is_some()
         });
+        let latest = latest.unwrap();
         last = counter(&latest);
         machine.kill();
         machine = restore_on(backend, &latest).unwrap();
