@@ -151,10 +151,6 @@ impl Bus for MachineBus {
         platform::cpuid(leaf, subleaf)
     }
 
-    fn interrupt_pending(&mut self) -> bool {
-        self.irqchip.pending()
-    }
-
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
         self.irqchip.acknowledge()
     }

@@ -76,11 +76,9 @@ pub trait Bus {
     fn wrmsr(&mut self, index: u32, value: u64) -> bool;
     /// CPUID. Bits that mirror CPU state (OSXSAVE) are the CPU's own business.
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
-    /// Whether an interrupt is deliverable (above the task priority). Asked only after a hint: whoever may have made
-    /// an interrupt deliverable (a device, an EOI, a lowered task priority) calls [`Kick::interrupt`](crate::Kick::interrupt), or
-    /// [`Bus::poll`] returned true.
-    fn interrupt_pending(&mut self) -> bool;
-    /// Acknowledges the highest pending interrupt and returns its vector.
+    /// Acknowledges the highest pending interrupt above the task priority and returns its vector, if there is one. Asked
+    /// only after a hint: whoever may have made an interrupt deliverable (a device, an EOI, a lowered task priority)
+    /// calls [`Kick::interrupt`](crate::Kick::interrupt), or [`Bus::poll`] returned true.
     fn acknowledge_interrupt(&mut self) -> Option<u8>;
     /// Task priority (CR8), 0 to 15.
     fn task_priority(&mut self) -> u8;

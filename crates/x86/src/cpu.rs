@@ -40,7 +40,7 @@ impl Kick {
     pub fn kick(&self) {
         self.0.fetch_or(Self::EXIT, Ordering::Release);
     }
-    /// Makes the CPU ask [`Bus::interrupt_pending`] at the next sequence boundary.
+    /// Makes the CPU ask [`Bus::acknowledge_interrupt`] at the next sequence boundary.
     pub fn interrupt(&self) {
         self.0.fetch_or(Self::INTERRUPT, Ordering::Release);
     }

@@ -215,9 +215,6 @@ impl crate::Bus for Panics {
     fn cpuid(&mut self, _: u32, _: u32) -> [u32; 4] {
         [0; 4]
     }
-    fn interrupt_pending(&mut self) -> bool {
-        false
-    }
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
         None
     }

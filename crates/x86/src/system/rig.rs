@@ -145,9 +145,6 @@ impl Bus for TestBus {
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
         [leaf, subleaf, 0x1234, 0x5678]
     }
-    fn interrupt_pending(&mut self) -> bool {
-        !self.interrupts.is_empty()
-    }
     fn acknowledge_interrupt(&mut self) -> Option<u8> {
         self.interrupts.pop_front()
     }
