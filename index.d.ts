@@ -77,23 +77,156 @@ export interface SandboxOpts extends ConnectionOpts {
   metadata?: Record<string, string>
   /** Environment of every command in the sandbox. */
   envs?: Record<string, string>
-  /** Life of the sandbox in milliseconds, after which it is killed. Default 300 000. */
+  /** Life of the sandbox in milliseconds, after which happens what `lifecycle` says. Default 300 000. */
   timeoutMs?: number
+  /** What happens at the end of its life, and to requests while it is paused. Default: it is killed. */
+  lifecycle?: SandboxLifecycle
+  /**
+   * Pauses the sandbox at the end of its life.
+   *
+   * @deprecated use `lifecycle: { onTimeout: 'pause' }`
+   */
+  autoPause?: boolean
+  /** Rules of its network. */
+  network?: SandboxNetworkOpts
+  /** Shown in {@link Sandbox.getInfo}; a sandbox has no network beyond its own. */
+  allowInternetAccess?: boolean
+  /** Refused: the gateway belongs to E2B's cloud. */
+  mcp?: Record<string, unknown>
+  /** Refused: volumes belong to E2B's cloud. */
+  volumeMounts?: Record<string, unknown>
+  /** Refused: there is no cloud account to act for. */
+  iam?: Record<string, unknown>
   /** Accepted and without meaning: a sandbox can only be reached from its own process. */
   secure?: boolean
+}
+
+/** What a pause keeps: memory and disk, or the disk alone. */
+export type SnapshotMode = 'full' | 'filesystem'
+
+/** What happens at the end of a sandbox's life. */
+export type SandboxOnTimeout =
+  | 'kill'
+  | 'pause'
+  | { action: 'kill' }
+  | {
+      action: 'pause'
+      /** `false` keeps the disk alone. Default `true`. */
+      keepMemory?: boolean
+      /** The same as `keepMemory`, by name. */
+      mode?: SnapshotMode
+    }
+
+/** What happens to a sandbox by itself. */
+export interface SandboxLifecycle {
+  /** At the end of its life. Default `'kill'`. */
+  onTimeout?: SandboxOnTimeout
+  /**
+   * Whether a request to the sandbox while it is paused resumes it first, with the life it had. Only with
+   * `onTimeout: 'pause'` that keeps memory. Default `false`.
+   */
+  autoResume?: boolean
+}
+
+/** Addresses (CIDR, IP, for `allowOut` also host names), or a function that gives them. */
+export type SandboxNetworkSelector =
+  string[] | ((context: { allTraffic: string; rules: Map<string, unknown> }) => string[])
+
+/** Rules for the connections that a sandbox makes. A sandbox has no network beyond its own: they are kept and shown. */
+export interface SandboxNetworkUpdate {
+  /** What may be reached although `denyOut` denies it. */
+  allowOut?: SandboxNetworkSelector
+  /** What may not be reached. */
+  denyOut?: SandboxNetworkSelector
+  allowInternetAccess?: boolean
+  /** Refused: it needs to look into TLS connections. */
+  rules?: Record<string, unknown>
+  /** Refused: there is no network that it could lead to. */
+  egressProxy?: unknown
+}
+
+/** Network of a new sandbox. */
+export interface SandboxNetworkOpts extends Omit<SandboxNetworkUpdate, 'allowInternetAccess'> {
+  /**
+   * Whether requests to the sandbox's ports need no token. Default `true`. With `false` only HTTP requests get through,
+   * and only with the header `e2b-traffic-access-token`: {@link Sandbox.trafficAccessToken}.
+   */
+  allowPublicTraffic?: boolean
+  /** Refused: bytes are forwarded as they are. */
+  maskRequestHost?: string
+  /** Refused: bytes are forwarded as they are. */
+  httpsPorts?: number[]
+}
+
+/** Rules of a sandbox's network, as they are kept. */
+export interface SandboxNetworkInfo {
+  allowOut?: string[]
+  denyOut?: string[]
+  allowPublicTraffic?: boolean
 }
 
 /** Options of {@link Sandbox.connect}. */
 export interface SandboxConnectOpts extends ConnectionOpts {
   /** The sandbox lives at least this long from now on; never shortens its life. Default 300 000. */
   timeoutMs?: number
+  /**
+   * What a paused sandbox goes on from: its memory if it was kept (`'restore'`, the default), or its disk alone, from
+   * which it boots (`'reboot'`).
+   */
+  onResume?: 'restore' | 'reboot'
+}
+
+/** Options of {@link Sandbox.pause}. */
+export interface SandboxPauseOpts extends ConnectionOpts {
+  /** `'filesystem'` keeps the disk alone: the sandbox boots when it is resumed. Default `'full'`. */
+  mode?: SnapshotMode
+  /**
+   * `false` is `mode: 'filesystem'`.
+   *
+   * @deprecated use `mode`
+   */
+  keepMemory?: boolean
+}
+
+/** Options of {@link Sandbox.fork}. */
+export interface SandboxForkOpts extends ConnectionOpts {
+  /** How many copies, 1 to 100. Default 1. */
+  count?: number
+  /** Life of each copy in milliseconds. Default 300 000. */
+  timeoutMs?: number
+}
+
+/** Options of {@link Sandbox.getMetrics}. */
+export interface SandboxMetricsOpts extends ConnectionOpts {
+  /** Only samples from then on, to the second. */
+  start?: Date
+  /** Only samples until then, to the second. */
+  end?: Date
+}
+
+/** Resource use of a sandbox at one moment. */
+export interface SandboxMetrics {
+  timestamp: Date
+  /** Use of its processors since the sample before; 100 is one processor. */
+  cpuUsedPct: number
+  cpuCount: number
+  /** Memory in use without caches, in bytes. */
+  memUsed: number
+  /** Memory, in bytes. */
+  memTotal: number
+  /** Page cache, in bytes. */
+  memCache: number
+  /** Used part of the disk, in bytes. */
+  diskUsed: number
+  /** Size of the disk, in bytes. */
+  diskTotal: number
 }
 
 /** Whether a sandbox is live or frozen. */
 export type SandboxState = 'running' | 'paused'
 
-/** What runs the guest: hardware virtualization, or the software CPU. */
-export type Backend = 'kvm' | 'soft'
+/** What runs the guest: hardware virtualization, the software CPU, or nothing while it is paused. */
+export type Backend = 'kvm' | 'soft' | 'none'
 
 /** What is known about a sandbox. */
 export interface SandboxInfo {
@@ -107,7 +240,7 @@ export interface SandboxInfo {
   metadata: Record<string, string>
   /** When it was created. */
   startedAt: Date
-  /** When it will be killed. */
+  /** When its life will end; for a paused sandbox, when it was paused. */
   endAt: Date
   state: SandboxState
   cpuCount: number
@@ -115,7 +248,10 @@ export interface SandboxInfo {
   memoryMB: number
   /** Version of E2B's guest daemon whose behaviour the guest agent follows. */
   envdVersion: string
-  lifecycle?: { onTimeout: 'kill' | 'pause'; autoResume: boolean }
+  /** What happens to it by itself; `keepMemory` is there if it is `false`. */
+  lifecycle?: { onTimeout: 'kill' | 'pause'; autoResume: boolean; keepMemory?: boolean }
+  network?: SandboxNetworkInfo
+  allowInternetAccess?: boolean
   sandboxDomain?: string
   /** What runs the guest. Beyond E2B. */
   backend: Backend
@@ -240,6 +376,8 @@ export interface CreateSnapshotOpts extends ConnectionOpts {
    * its snapshot id.
    */
   name?: string
+  /** `'filesystem'` keeps the disk alone: sandboxes made from it boot. Default `'full'`. */
+  mode?: SnapshotMode
 }
 
 /** Options of {@link Sandbox.listSnapshots}. */
@@ -299,13 +437,15 @@ export declare class SnapshotPaginator implements Paginator<SnapshotInfo> {
  */
 export declare class Sandbox implements AsyncDisposable {
   /** Made by {@link Sandbox.create} and {@link Sandbox.connect}. */
-  constructor(opts: ConnectionOpts & { sandboxId: string })
+  constructor(opts: ConnectionOpts & { sandboxId: string; trafficAccessToken?: string })
 
   /** Template of {@link Sandbox.create} when none is given; a subclass may set its own. */
   protected static readonly defaultTemplate?: string
 
   readonly sandboxId: string
   readonly sandboxDomain: string
+  /** What HTTP requests to its ports must show, if they are private. */
+  readonly trafficAccessToken?: string
   /** Run and control commands. */
   readonly commands: Commands
   /** Read and write files. */
@@ -336,7 +476,8 @@ export declare class Sandbox implements AsyncDisposable {
   ): Promise<InstanceType<S>>
 
   /**
-   * Gives a handle to a sandbox of this process.
+   * Gives a handle to a sandbox of this process, or resumes a paused one, whichever process paused it: processes go on
+   * where they were.
    *
    * @throws {@link SandboxNotFoundError} if there is none with this id
    */
@@ -346,11 +487,11 @@ export declare class Sandbox implements AsyncDisposable {
     opts?: SandboxConnectOpts,
   ): Promise<InstanceType<S>>
 
-  /** Lists the sandboxes of this process, newest first. */
+  /** Lists the sandboxes of this process and the paused ones of the store, newest first. */
   static list(opts?: SandboxListOpts): SandboxPaginator
 
   /**
-   * Ends a sandbox at once.
+   * Ends a sandbox at once. A paused one is deleted.
    *
    * @returns `false` if there is none with this id
    */
@@ -358,6 +499,45 @@ export declare class Sandbox implements AsyncDisposable {
 
   /** What is known about a sandbox. */
   static getInfo(sandboxId: string, opts?: ConnectionOpts): Promise<SandboxInfo>
+  /** @deprecated use {@link Sandbox.getInfo} */
+  static getFullInfo(sandboxId: string, opts?: ConnectionOpts): Promise<SandboxInfo>
+
+  /**
+   * Resource use of a sandbox: one sample every five seconds while it does something, an hour of them, and the present one.
+   *
+   * @throws {@link SandboxNotFoundError} if there is none with this id
+   */
+  static getMetrics(sandboxId: string, opts?: SandboxMetricsOpts): Promise<SandboxMetrics[]>
+
+  /**
+   * Pauses a sandbox: its memory leaves this process, its id, metadata and environment stay. {@link Sandbox.connect}
+   * resumes it, in this process or another one that has the same store. Connections to it end; its processes go on
+   * when it is resumed. Calls on a paused sandbox fail with a {@link TimeoutError}, unless `autoResume` resumes it.
+   *
+   * @returns `false` if it is paused already
+   * @throws {@link SandboxNotFoundError} if there is none with this id
+   */
+  static pause(sandboxId: string, opts?: SandboxPauseOpts): Promise<boolean>
+  /** @deprecated use {@link Sandbox.pause} */
+  static betaPause(sandboxId: string, opts?: SandboxPauseOpts): Promise<boolean>
+
+  /**
+   * Copies a running sandbox: one snapshot in memory and on disk, and `count` sandboxes from it. The copies keep its
+   * metadata and environment, and have ids, tokens and lives of their own.
+   *
+   * @returns one entry per copy: the sandbox, or why it could not be made
+   * @throws {@link InvalidArgumentError} if `count` is not 1 to 100
+   * @throws {@link SandboxNotFoundError} if there is none with this id
+   * @throws {@link SandboxError} `409: …` if it is paused
+   */
+  static fork<S extends typeof Sandbox>(
+    this: S,
+    sandboxId: string,
+    opts?: SandboxForkOpts,
+  ): Promise<Array<InstanceType<S> | Error>>
+
+  /** Replaces the rules for the connections that a sandbox makes; what is left out is cleared. */
+  static updateNetwork(sandboxId: string, network: SandboxNetworkUpdate, opts?: ConnectionOpts): Promise<void>
 
   /** Sets the end of a sandbox's life to `timeoutMs` from now, earlier or later than it was. */
   static setTimeout(sandboxId: string, timeoutMs: number, opts?: ConnectionOpts): Promise<void>
@@ -404,7 +584,7 @@ export declare class Sandbox implements AsyncDisposable {
 
   /** Like {@link Sandbox.connect}, for this sandbox. */
   connect(opts?: SandboxConnectOpts): Promise<this>
-  /** Whether the sandbox is live. */
+  /** Whether the sandbox runs: `false` when it is paused or has ended. */
   isRunning(opts?: RequestOpts): Promise<boolean>
   /** Sets the end of the sandbox's life to `timeoutMs` from now. */
   setTimeout(timeoutMs: number, opts?: RequestOpts): Promise<void>
@@ -412,6 +592,16 @@ export declare class Sandbox implements AsyncDisposable {
   kill(opts?: RequestOpts): Promise<boolean>
   /** What is known about the sandbox. */
   getInfo(opts?: RequestOpts): Promise<SandboxInfo>
+  /** Like {@link Sandbox.getMetrics}, for this sandbox. */
+  getMetrics(opts?: SandboxMetricsOpts): Promise<SandboxMetrics[]>
+  /** Like {@link Sandbox.pause}, for this sandbox. */
+  pause(opts?: SandboxPauseOpts): Promise<boolean>
+  /** @deprecated use {@link Sandbox.pause} */
+  betaPause(opts?: SandboxPauseOpts): Promise<boolean>
+  /** Like {@link Sandbox.fork}, for this sandbox. */
+  fork(opts?: SandboxForkOpts): Promise<Array<this | Error>>
+  /** Like {@link Sandbox.updateNetwork}, for this sandbox. */
+  updateNetwork(network: SandboxNetworkUpdate, opts?: RequestOpts): Promise<void>
   /** Freezes the sandbox into a snapshot; it goes on running. */
   createSnapshot(opts?: CreateSnapshotOpts): Promise<SnapshotInfo>
   /** Lists the snapshots made from this sandbox. */

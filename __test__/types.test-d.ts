@@ -21,6 +21,7 @@ import type {
   EntryInfo,
   ProcessInfo,
   SandboxInfo,
+  SandboxMetrics,
   SandboxOpts,
   SnapshotInfo,
   WriteInfo,
@@ -79,8 +80,19 @@ export async function program(): Promise<void> {
   const deleted: boolean = await Sandbox.deleteSnapshot(snapshot.snapshotId)
   const list = Sandbox.list({ query: { metadata: { job: '42' }, state: ['running'] }, limit: 5 })
   const infos: SandboxInfo[] = await list.nextItems()
-  same<SandboxInfo['backend'], 'kvm' | 'soft'>(true)
+  same<SandboxInfo['backend'], 'kvm' | 'soft' | 'none'>(true)
   void [deleted, infos]
+
+  const paused: boolean = await sandbox.pause({ mode: 'filesystem' })
+  await Sandbox.connect(sandbox.sandboxId, { onResume: 'reboot' })
+  for (const copy of await mine.fork({ count: 2 })) {
+    if (copy instanceof Error) throw copy
+    copy.extra.toFixed()
+  }
+  const metrics: SandboxMetrics[] = await sandbox.getMetrics({ start: new Date() })
+  await sandbox.updateNetwork({ denyOut: ({ allTraffic }) => [allTraffic] })
+  await Sandbox.create({ lifecycle: { onTimeout: { action: 'pause', keepMemory: false } } })
+  void [paused, metrics]
 
   const pty = await sandbox.pty.create({ cols: 80, rows: 24, onData: (d) => void d.byteLength })
   await sandbox.pty.resize(pty.pid, { cols: 100, rows: 30 })

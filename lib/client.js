@@ -5,11 +5,8 @@
  */
 const { Sandbox } = require('./sandbox')
 const { ClientFactory } = require('./config')
-const { SandboxError } = require('./errors')
+const { ALL_TRAFFIC, unavailable } = require('./options')
 const { quote } = require('./git')
-
-/** Everything that can be seen from outside, as a CIDR. */
-const ALL_TRAFFIC = '0.0.0.0/0'
 
 const VolumeFileType = Object.freeze({
   UNKNOWN: 'unknown',
@@ -23,12 +20,6 @@ const WHY = {
   Volume: 'volumes belong to its cloud: keep data in a snapshot, or pass it through sandbox.files',
   Secret: 'secrets belong to its cloud: pass them as envs',
   ApiClient: 'there is no server to talk to: use the methods of Sandbox',
-}
-
-function unavailable(what, why) {
-  const error = new SandboxError(`${what} of E2B is not available in Amberbox: ${why}`)
-  error.code = 'ERR_NOT_AVAILABLE'
-  return error
 }
 
 /** Gives a class static methods that reject. */

@@ -116,6 +116,7 @@ const CLASS_OF_CODE = {
   ERR_TIMEOUT: TimeoutError,
   ERR_REQUEST_TIMEOUT: TimeoutError,
   ERR_SANDBOX_KILLED: TimeoutError,
+  ERR_SANDBOX_PAUSED: TimeoutError,
   ERR_SANDBOX_CRASHED: SandboxCrashedError,
   ERR_NOT_ENOUGH_SPACE: NotEnoughSpaceError,
   ERR_TEMPLATE_MISSING: TemplateError,

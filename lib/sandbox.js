@@ -5,7 +5,8 @@ const { Commands, Pty } = require('./commands')
 const { ClientFactory, ConnectionConfig, mergeOpts } = require('./config')
 const { Filesystem } = require('./files')
 const { Git } = require('./git')
-const { InvalidArgumentError } = require('./errors')
+const { InvalidArgumentError, fromNative } = require('./errors')
+const options = require('./options')
 const { SandboxPaginator, SnapshotPaginator } = require('./paginator')
 const { exportSnapshot, importSnapshot } = require('./store')
 
@@ -14,6 +15,9 @@ const DEFAULT_SANDBOX_TIMEOUT_MS = 300_000
 /** Work whose length depends on the sandbox's size has no default request timeout, only the one that is asked for. */
 const NO_TIMEOUT = 0
 const PAGE_LIMIT = 100
+
+/** Where the forwarded ports of sandboxes are. */
+const SANDBOX_DOMAIN = '127.0.0.1'
 
 function checkString(value, what) {
   if (typeof value !== 'string' || value === '')
@@ -26,6 +30,14 @@ function checkTimeout(value) {
     throw new InvalidArgumentError('timeoutMs must be a number of milliseconds that is not negative')
   }
   return value
+}
+
+/** A date as milliseconds since the epoch. */
+function checkDate(date, what) {
+  if (date === undefined || date === null) return undefined
+  const ms = new Date(date).getTime()
+  if (Number.isNaN(ms)) throw new InvalidArgumentError(`${what} must be a date`)
+  return ms
 }
 
 function checkLimit(limit) {
@@ -43,6 +55,20 @@ function snapshotInfo({ createdAtMs, parentId, sandboxId, metadata, ...raw }) {
     sandboxId: sandboxId ?? undefined,
     metadata: JSON.parse(metadata || '{}'),
   }
+}
+
+function checkStates(states) {
+  if (states === undefined || states === null) return ['running', 'paused']
+  const list = Array.isArray(states) ? states : [states]
+  if (!list.every((state) => state === 'running' || state === 'paused')) {
+    throw new InvalidArgumentError("state must be a list of 'running' and 'paused'")
+  }
+  return list
+}
+
+function checkOrder(order = 'desc') {
+  if (order !== 'asc' && order !== 'desc') throw new InvalidArgumentError("order must be 'asc' or 'desc'")
+  return order
 }
 
 function stringMap(map, what) {
@@ -63,7 +89,10 @@ function sandboxInfo(raw) {
     cpuCount: raw.cpuCount,
     memoryMB: raw.memoryMb,
     envdVersion: raw.envdVersion,
-    lifecycle: { onTimeout: 'kill', autoResume: false },
+    allowInternetAccess: raw.allowInternetAccess ?? undefined,
+    network: raw.network ? JSON.parse(raw.network) : undefined,
+    lifecycle: options.lifecycleInfo(raw.lifecycle),
+    sandboxDomain: SANDBOX_DOMAIN,
     backend: raw.backend,
     backendReason: raw.backendReason,
   }
@@ -72,15 +101,35 @@ function sandboxInfo(raw) {
 /** Version of E2B's guest daemon whose behaviour the guest agent follows; programs switch features by it. */
 const ENVD_VERSION = '0.6.13'
 
+/** What a handle has to know about its sandbox. */
+function identity({ sandboxId, trafficAccessToken }) {
+  return { sandboxId, trafficAccessToken: trafficAccessToken ?? undefined }
+}
+
+/** Finds a sandbox that runs, or resumes a paused one; gives what is known about it. */
+async function connect(sandboxId, opts) {
+  const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
+  const onResume = opts.onResume ?? 'restore'
+  if (onResume !== 'restore' && onResume !== 'reboot') {
+    throw new InvalidArgumentError("onResume must be 'restore' or 'reboot'")
+  }
+  return invoke(
+    (call) => native.connectSandbox(places(), sandboxId, timeoutMs, onResume === 'reboot', call),
+    opts,
+    NO_TIMEOUT,
+  )
+}
+
 class Sandbox extends ClientFactory {
   /** Request timeout that every call on this sandbox takes unless it has its own. */
   #bound
 
-  /** @param {{ sandboxId: string }} opts what `create` and `connect` pass; not meant to be called by programs */
+  /** @param {{ sandboxId: string, trafficAccessToken?: string }} opts what `create` and `connect` pass; not meant to be called by programs */
   constructor(opts) {
     super()
     this.sandboxId = checkString(opts?.sandboxId, 'sandboxId')
-    this.sandboxDomain = '127.0.0.1'
+    this.sandboxDomain = SANDBOX_DOMAIN
+    this.trafficAccessToken = opts.trafficAccessToken
     const { requestTimeoutMs } = opts
     this.#bound = requestTimeoutMs === undefined ? undefined : { requestTimeoutMs }
     /** @protected */
@@ -104,28 +153,29 @@ class Sandbox extends ClientFactory {
       typeof templateOrOpts === 'string'
         ? templateOrOpts
         : (opts.template ?? this.defaultTemplate ?? DEFAULT_TEMPLATE)
+    options.refuseCloudOptions(opts)
     const request = {
-      ...places(),
+      places: places(),
       template: checkString(template, 'template'),
       metadata: stringMap(opts.metadata, 'metadata'),
       envs: stringMap(opts.envs, 'envs'),
       timeoutMs: checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS),
+      lifecycle: options.lifecycleOf(opts),
+      ...options.networkOf(opts),
     }
     const info = await invoke(
       (call) => native.createSandbox(request, call),
       opts,
       NO_TIMEOUT,
-      (late) => native.killSandbox(late.sandboxId, { token: 0, timeoutMs: 0 }),
+      (late) => native.killSandbox(request.places, late.sandboxId, { token: 0, timeoutMs: 0 }),
     )
-    return new this({ ...opts, sandboxId: info.sandboxId })
+    return new this({ ...opts, ...identity(info) })
   }
 
   static async connect(sandboxId, connectOpts) {
     const opts = this.resolveOpts(connectOpts) ?? {}
     checkString(sandboxId, 'sandboxId')
-    const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
-    await invoke((call) => native.connectSandbox(sandboxId, timeoutMs, call), opts)
-    return new this({ ...opts, sandboxId })
+    return new this({ ...opts, ...identity(await connect(sandboxId, opts)) })
   }
 
   static list(listOpts) {
@@ -134,10 +184,10 @@ class Sandbox extends ClientFactory {
     const request = {
       ...places(),
       metadata: stringMap(query.metadata, 'metadata'),
-      states: query.state ?? ['running', 'paused'],
-      startedAfterMs: query.startedAfter === undefined ? undefined : new Date(query.startedAfter).getTime(),
+      states: checkStates(query.state),
+      startedAfterMs: checkDate(query.startedAfter, 'startedAfter'),
       template: query.template,
-      order: opts.order ?? 'desc',
+      order: checkOrder(opts.order),
       limit: checkLimit(opts.limit),
     }
     return new SandboxPaginator(async (nextToken, pageOpts) => {
@@ -151,12 +201,25 @@ class Sandbox extends ClientFactory {
 
   static async kill(sandboxId, opts) {
     checkString(sandboxId, 'sandboxId')
-    return invoke((call) => native.killSandbox(sandboxId, call), this.resolveOpts(opts))
+    return invoke((call) => native.killSandbox(places(), sandboxId, call), this.resolveOpts(opts))
   }
 
   static async getInfo(sandboxId, opts) {
     checkString(sandboxId, 'sandboxId')
-    return sandboxInfo(await invoke((call) => native.sandboxInfo(sandboxId, call), this.resolveOpts(opts)))
+    const info = await invoke((call) => native.sandboxInfo(places(), sandboxId, call), this.resolveOpts(opts))
+    return sandboxInfo(info)
+  }
+
+  static async getFullInfo(sandboxId, opts) {
+    return this.getInfo(sandboxId, opts)
+  }
+
+  static async getMetrics(sandboxId, metricsOpts) {
+    const opts = this.resolveOpts(metricsOpts) ?? {}
+    checkString(sandboxId, 'sandboxId')
+    const [start, end] = [checkDate(opts.start, 'start'), checkDate(opts.end, 'end')]
+    const samples = await invoke((call) => native.sandboxMetrics(sandboxId, start, end, call), opts)
+    return samples.map(({ atMs, ...numbers }) => ({ timestamp: new Date(atMs), ...numbers }))
   }
 
   static async setTimeout(sandboxId, timeoutMs, opts) {
@@ -168,8 +231,63 @@ class Sandbox extends ClientFactory {
   static async createSnapshot(sandboxId, snapshotOpts) {
     const opts = this.resolveOpts(snapshotOpts) ?? {}
     checkString(sandboxId, 'sandboxId')
-    const raw = await invoke((call) => native.createSnapshot(sandboxId, opts.name, call), opts, NO_TIMEOUT)
+    const diskAlone = !options.keepsMemory({ mode: opts.mode })
+    const raw = await invoke(
+      (call) => native.createSnapshot(sandboxId, opts.name, diskAlone, call),
+      opts,
+      NO_TIMEOUT,
+    )
     return snapshotInfo(raw)
+  }
+
+  static async pause(sandboxId, pauseOpts) {
+    const opts = this.resolveOpts(pauseOpts) ?? {}
+    checkString(sandboxId, 'sandboxId')
+    const keepMemory = options.keepsMemory(opts)
+    return invoke((call) => native.pauseSandbox(places(), sandboxId, keepMemory, call), opts, NO_TIMEOUT)
+  }
+
+  static async betaPause(sandboxId, opts) {
+    return this.pause(sandboxId, opts)
+  }
+
+  static async fork(sandboxId, forkOpts) {
+    const opts = this.resolveOpts(forkOpts) ?? {}
+    checkString(sandboxId, 'sandboxId')
+    const count = opts.count ?? 1
+    if (!Number.isInteger(count) || count < 1) {
+      throw new InvalidArgumentError('count must be a whole number of at least 1')
+    }
+    const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
+    const at = places()
+    const copies = await invoke(
+      (call) => native.forkSandbox(at, sandboxId, count, timeoutMs, call),
+      opts,
+      NO_TIMEOUT,
+      (late) =>
+        Promise.all(
+          late
+            .filter(({ sandbox }) => sandbox)
+            .map(({ sandbox }) => native.killSandbox(at, sandbox.sandboxId, { token: 0, timeoutMs: 0 })),
+        ),
+    )
+    return copies.map(({ sandbox, error }) =>
+      sandbox ? new this({ ...opts, ...identity(sandbox) }) : fromNative(new Error(error)),
+    )
+  }
+
+  static async updateNetwork(sandboxId, network, updateOpts) {
+    const opts = this.resolveOpts(updateOpts)
+    checkString(sandboxId, 'sandboxId')
+    const egress = options.egressOf(network)
+    // What concerns the sandbox's own ports is not part of an update, and stays.
+    const { network: before } = await this.getInfo(sandboxId, opts)
+    const { allowPublicTraffic } = before ?? {}
+    const rules = JSON.stringify({
+      ...egress,
+      ...(allowPublicTraffic === undefined ? {} : { allowPublicTraffic }),
+    })
+    await invoke((call) => native.updateNetwork(sandboxId, rules, network.allowInternetAccess, call), opts)
   }
 
   static listSnapshots(listOpts) {
@@ -204,8 +322,8 @@ class Sandbox extends ClientFactory {
 
   async connect(connectOpts) {
     const opts = this.resolveOpts(connectOpts) ?? {}
-    const timeoutMs = checkTimeout(opts.timeoutMs ?? DEFAULT_SANDBOX_TIMEOUT_MS)
-    await invoke((call) => native.connectSandbox(this.sandboxId, timeoutMs, call), opts)
+    const { trafficAccessToken } = identity(await connect(this.sandboxId, opts))
+    this.trafficAccessToken = trafficAccessToken
     return this
   }
 
@@ -223,6 +341,26 @@ class Sandbox extends ClientFactory {
 
   async getInfo(opts) {
     return Sandbox.getInfo(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async getMetrics(opts) {
+    return Sandbox.getMetrics(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async pause(opts) {
+    return Sandbox.pause(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async betaPause(opts) {
+    return this.pause(opts)
+  }
+
+  async fork(opts) {
+    return this.constructor.fork(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async updateNetwork(network, opts) {
+    await Sandbox.updateNetwork(this.sandboxId, network, this.resolveOpts(opts))
   }
 
   async createSnapshot(opts) {

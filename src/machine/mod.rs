@@ -34,7 +34,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use amber_layers::{NewSnapshot, Snapshot, Store};
 
@@ -46,14 +46,16 @@ use self::platform::MemoryMap;
 use self::ram::view::view;
 use self::ram::{Ram, RamError};
 use self::run::{Core, Guts};
-use self::snapshot::{Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Prepared, refuse};
+use self::snapshot::{
+    BootState, Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Prepared, refuse,
+};
 use self::vcpu::{Backend, BackendError, BackendKind, Counters, HostChips, Shape, Vm};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
 use crate::devices::vsock::VsockConnector;
 
 pub use self::end::{EndKind, MachineEnd};
-pub use self::snapshot::{Captured, DiskStorage, SnapshotError};
+pub use self::snapshot::{Captured, Content, DiskStorage, SnapshotError};
 
 /// A machine cannot be made, or cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -210,6 +212,40 @@ impl Machine {
     /// # Errors
     /// Everything that can be wrong with the configuration or the host.
     pub fn boot(config: BootConfig, backend: &dyn Backend) -> Result<Machine, MachineError> {
+        let unreadable = |source| MachineError::Rootfs { path: config.rootfs.clone(), source };
+        let base = Arc::new(RawImage::open(&config.rootfs).map_err(unreadable)?);
+        let bytes = base.len();
+        if bytes == 0 || !bytes.is_multiple_of(platform::PAGE_SIZE) {
+            let size = format!("Its size is {bytes} bytes, not a multiple of 4096");
+            return Err(unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, size)));
+        }
+        let parent = DiskParent::file(&config.rootfs).map_err(unreadable)?;
+        Self::boot_from(base, parent, &config, backend)
+    }
+
+    /// A machine about to boot from the disk in a snapshot, paused, with as much RAM and as many CPUs as the one that was captured:
+    /// `config.ram`, `config.cpus` and `config.rootfs` are not looked at.
+    ///
+    /// # Errors
+    /// Everything that can be wrong with the snapshot, the configuration or the host.
+    pub fn boot_snapshot(
+        snapshot: &Arc<Snapshot>,
+        mut config: BootConfig,
+        backend: &dyn Backend,
+    ) -> Result<Machine, MachineError> {
+        let state = BootState::read(snapshot)?;
+        (config.ram, config.cpus) = (state.ram, state.cpus);
+        let disk = snapshot.disk();
+        let base = Arc::new(DiskBase(Arc::clone(disk)));
+        Self::boot_from(base, DiskParent::Image(Arc::clone(disk)), &config, backend)
+    }
+
+    fn boot_from(
+        base: Arc<dyn Base>,
+        parent: DiskParent,
+        config: &BootConfig,
+        backend: &dyn Backend,
+    ) -> Result<Machine, MachineError> {
         let map = MemoryMap::new(config.ram).ok_or(MachineError::RamSize { bytes: config.ram })?;
         if !(1..=platform::MAX_CPUS).contains(&config.cpus) {
             return Err(MachineError::CpuCount { cpus: config.cpus });
@@ -230,20 +266,12 @@ impl Machine {
         vcpu.set_state(&state).map_err(failed)?;
         let (irqchip, clock) = host(Irqchip::new(config.cpus), Clock::new(map), chips).map_err(failed)?;
         let console = ConsoleLog::new();
-        let unreadable = |source| MachineError::Rootfs { path: config.rootfs.clone(), source };
-        let base = Arc::new(RawImage::open(&config.rootfs).map_err(unreadable)?);
-        let bytes = base.len();
-        if bytes == 0 || !bytes.is_multiple_of(platform::PAGE_SIZE) {
-            let size = format!("Its size is {bytes} bytes, not a multiple of 4096");
-            return Err(unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, size)));
-        }
         let disk = config.storage.overlay(base)?;
-        let parent = DiskParent::file(&config.rootfs).map_err(unreadable)?;
         let overlay = disk.clone();
         let devices = Devices::new(Parts { memory, irqchip: &irqchip, disk, console: console.clone() });
         let guts =
             Guts { ram, vcpu, others, devices: Arc::new(devices), halted: false, unknown_msrs: Vec::new() };
-        let lineage = Lineage { memory: None, disk: parent, overlay, storage: config.storage };
+        let lineage = Lineage { memory: None, disk: parent, overlay, storage: config.storage.clone() };
         Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
 
@@ -296,12 +324,17 @@ impl Machine {
         Self::assemble(guts, irqchip, clock, console, lineage, backend.kind())
     }
 
-    /// [`capture_then`](Self::capture_then), with nothing to do in between.
+    /// Processor time of the host that the first CPU's thread has used; zero when it has ended or the host does not say.
+    pub fn cpu_time(&self) -> Duration {
+        self.0.core.cpu_time()
+    }
+
+    /// [`capture_then`](Self::capture_then) of everything, with nothing to do in between.
     ///
     /// # Errors
     /// As there.
     pub fn capture(&self, store: &Arc<Store>, new: NewSnapshot) -> Result<Captured, MachineError> {
-        self.capture_then(store, new, || {})
+        self.capture_then(store, new, Content::Full, || {})
     }
 
     /// Takes a snapshot and publishes it. The machine stands still only while its registers are copied and what changed
@@ -315,6 +348,7 @@ impl Machine {
         &self,
         store: &Arc<Store>,
         new: NewSnapshot,
+        content: Content,
         captured: impl FnOnce(),
     ) -> Result<Captured, MachineError> {
         let core = &self.0.core;
@@ -336,7 +370,7 @@ impl Machine {
         drop(held);
         capture.pause = stopped.elapsed();
         captured();
-        Ok(capture.publish(lineage, store, new)?)
+        Ok(capture.publish(lineage, store, new, content)?)
     }
 
     fn assemble(

@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Duration;
 
+use rustix::process::Pid;
 use tokio::sync::watch;
 
 use super::bus::MachineBus;
@@ -142,6 +143,8 @@ pub(super) struct Core {
     failure: Arc<OnceLock<String>>,
     kicker: Arc<dyn Kicker>,
     thread: OnceLock<Thread>,
+    /// The kernel's number of the CPU's thread while it lives.
+    tid: OnceLock<Pid>,
     end: watch::Sender<Option<MachineEnd>>,
     /// Counters as of the last time the CPU was not running.
     counters: Mutex<Counters>,
@@ -201,6 +204,7 @@ impl Core {
             failure: Arc::default(),
             kicker,
             thread: OnceLock::new(),
+            tid: OnceLock::new(),
             end: watch::Sender::new(None),
             counters: Mutex::default(),
             wakeups: AtomicU64::new(0),
@@ -309,7 +313,17 @@ impl Core {
         (lock(&self.counters).clone(), self.wakeups.load(Ordering::Relaxed))
     }
 
+    /// Processor time that the CPU's thread has used.
+    pub(super) fn cpu_time(&self) -> Duration {
+        let Some(tid) = self.tid.get().filter(|_| !self.control().ended) else { return Duration::ZERO };
+        // The first number is the time on a processor in nanoseconds.
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/schedstat")).unwrap_or_default();
+        let ns = stat.split_ascii_whitespace().next().and_then(|ns| ns.parse().ok());
+        Duration::from_nanos(ns.unwrap_or(0))
+    }
+
     fn main(&self) {
+        let _ = self.tid.set(rustix::thread::gettid());
         let end = catch_unwind(AssertUnwindSafe(|| self.serve())).unwrap_or_else(|panic| words_of(&*panic));
         // Freeing the parts gives back memory, the disk's storage and the snapshot, whoever still holds a handle.
         let guts = lock(&self.guts).take();

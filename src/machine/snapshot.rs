@@ -53,7 +53,48 @@ const ENTROPY: Kind = Kind(SectionId(0x106), 1, "entropy device");
 const SERIAL: Kind = Kind(SectionId(0x107), 1, "serial device");
 /// Only where there are several CPUs.
 const OTHER_CPUS: Kind = Kind(SectionId(0x108), 1, "other CPUs");
-const KNOWN: [&Kind; 9] = [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL, &OTHER_CPUS];
+/// Instead of all others, where there is no memory.
+const BOOT: Kind = Kind(SectionId(0x109), 1, "boot");
+const KNOWN: [&Kind; 10] =
+    [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL, &OTHER_CPUS, &BOOT];
+
+/// What of a machine a snapshot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Content {
+    /// Memory, devices and disk: a copy goes on.
+    #[default]
+    Full,
+    /// The disk: a copy boots.
+    Disk,
+}
+
+impl Content {
+    /// That of a snapshot. Only its list of sections is looked at.
+    pub fn of(snapshot: &Snapshot) -> Content {
+        if snapshot.section(BOOT.0).is_some() { Content::Disk } else { Content::Full }
+    }
+}
+
+/// What a machine that boots from a snapshot's disk has to be like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BootState {
+    version: u16,
+    pub(super) ram: u64,
+    pub(super) cpus: u8,
+}
+
+impl BootState {
+    /// That of a snapshot, which may also hold memory.
+    pub(super) fn read(snapshot: &Snapshot) -> Result<BootState, SnapshotError> {
+        if Content::of(snapshot) == Content::Full {
+            let state = MachineState::read(snapshot)?;
+            return Ok(BootState { version: platform::VERSION, ram: state.ram, cpus: state.cpus() });
+        }
+        let known: Vec<(SectionId, u16)> = KNOWN.iter().map(|kind| (kind.0, kind.1)).collect();
+        snapshot.check_sections(&known)?;
+        decode(snapshot, &BOOT)
+    }
+}
 
 /// A snapshot cannot be restored, or one cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -473,8 +514,10 @@ impl Capture {
         lineage: &mut Lineage,
         store: &Arc<Store>,
         mut new: NewSnapshot,
+        content: Content,
     ) -> Result<Captured, SnapshotError> {
         let mut writer = store.writer();
+        let full = content == Content::Full;
         // The disk first: a page of memory that equals one of its blocks is not stored again.
         let blocks = self.disk.blocks();
         let owned = self.disk.dirty_blocks();
@@ -487,9 +530,19 @@ impl Capture {
         };
         let dirty = data.iter().flat_map(|(first, count)| *first..first + count).chain(owned);
         let disk = writer.disk(parent, blocks, dirty, &self.disk)?;
-        let dirty = self.memory.0.pages().iter().copied();
-        let memory = writer.memory(lineage.memory.as_deref(), self.pages, dirty, &self.memory)?;
-        for (kind, bytes) in self.state.sections()? {
+        let memory = if full {
+            let dirty = self.memory.0.pages().iter().copied();
+            writer.memory(lineage.memory.as_deref(), self.pages, dirty, &self.memory)?
+        } else {
+            CaptureStats::default()
+        };
+        let sections = if full {
+            self.state.sections()?
+        } else {
+            let (ram, cpus) = (self.state.ram, self.state.cpus());
+            vec![encode(&BOOT, &BootState { version: platform::VERSION, ram, cpus })?]
+        };
+        for (kind, bytes) in sections {
             writer.section(kind.0, kind.1, true, bytes)?;
         }
         new.platform = u32::from(platform::VERSION);
@@ -499,9 +552,12 @@ impl Capture {
         if let Ok(snapshot) = store.open_tagged(&meta.id, &meta.tag)
             && snapshot.meta().build == meta.build
         {
-            lineage.memory = Some(Arc::clone(snapshot.memory()));
+            // A snapshot of the disk says nothing of memory: what was dirty still is.
+            if full {
+                lineage.memory = Some(Arc::clone(snapshot.memory()));
+                self.memory.0.commit();
+            }
             lineage.disk = DiskParent::Image(Arc::clone(snapshot.disk()));
-            self.memory.0.commit();
             self.disk.commit();
         }
         Ok(Captured { meta, pause: self.pause, total: self.started.elapsed(), memory, disk })

@@ -10,7 +10,7 @@ use napi_derive::napi;
 
 use super::bytes::Bytes;
 use super::call::{Call, promise};
-use crate::sandbox::{self, registry};
+use crate::sandbox::{self, awake};
 
 /// A directory entry.
 #[napi(object, object_from_js = false)]
@@ -155,7 +155,7 @@ pub fn open_file(
             offset: spec.offset.unwrap_or(0.0) as u64,
             length: spec.length.map(|length| length as u64),
         };
-        Ok(FileReader { inner: Arc::new(registry().find(&id)?.open_file(read).await?) })
+        Ok(FileReader { inner: Arc::new(awake(&id).await?.open_file(read).await?) })
     })
 }
 
@@ -195,7 +195,7 @@ pub fn write_file<'env>(
     call: Call,
 ) -> napi::Result<PromiseRaw<'env, JsEntry>> {
     let data = data.to_vec();
-    call.run(env, async move { Ok(registry().find(&id)?.write_file(&spec.into(), &data).await?.into()) })
+    call.run(env, async move { Ok(awake(&id).await?.write_file(&spec.into(), &data).await?.into()) })
 }
 
 /// Opens a file for writing.
@@ -207,7 +207,7 @@ pub fn create_file(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, FileWriter>> {
     call.run(env, async move {
-        Ok(FileWriter { inner: Arc::new(registry().find(&id)?.create_file(spec.into()).await?) })
+        Ok(FileWriter { inner: Arc::new(awake(&id).await?.create_file(spec.into()).await?) })
     })
 }
 
@@ -220,7 +220,7 @@ pub fn stat(
     user: Option<String>,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, JsEntry>> {
-    call.run(env, async move { Ok(registry().find(&id)?.stat(&path, user.as_deref()).await?.into()) })
+    call.run(env, async move { Ok(awake(&id).await?.stat(&path, user.as_deref()).await?.into()) })
 }
 
 /// Whether a path exists.
@@ -232,7 +232,7 @@ pub fn exists(
     user: Option<String>,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move { registry().find(&id)?.exists(&path, user.as_deref()).await })
+    call.run(env, async move { awake(&id).await?.exists(&path, user.as_deref()).await })
 }
 
 /// The entries of a directory.
@@ -246,7 +246,7 @@ pub fn list_dir(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, Vec<JsEntry>>> {
     call.run(env, async move {
-        let entries = registry().find(&id)?.list_dir(&path, user.as_deref(), depth).await?;
+        let entries = awake(&id).await?.list_dir(&path, user.as_deref(), depth).await?;
         Ok(entries.into_iter().map(JsEntry::from).collect())
     })
 }
@@ -260,7 +260,7 @@ pub fn make_dir(
     user: Option<String>,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move { registry().find(&id)?.make_dir(&path, user.as_deref()).await })
+    call.run(env, async move { awake(&id).await?.make_dir(&path, user.as_deref()).await })
 }
 
 /// Renames a file or directory.
@@ -273,7 +273,7 @@ pub fn rename(
     user: Option<String>,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, JsEntry>> {
-    call.run(env, async move { Ok(registry().find(&id)?.rename(&from, &to, user.as_deref()).await?.into()) })
+    call.run(env, async move { Ok(awake(&id).await?.rename(&from, &to, user.as_deref()).await?.into()) })
 }
 
 /// Removes a file or directory.
@@ -285,5 +285,5 @@ pub fn remove(
     user: Option<String>,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, ()>> {
-    call.run(env, async move { registry().find(&id)?.remove(&path, user.as_deref()).await })
+    call.run(env, async move { awake(&id).await?.remove(&path, user.as_deref()).await })
 }

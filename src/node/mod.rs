@@ -10,6 +10,7 @@ pub mod call;
 pub mod files;
 pub mod processes;
 pub mod sandboxes;
+pub mod snapshots;
 pub mod store;
 pub mod watches;
 

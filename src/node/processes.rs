@@ -11,7 +11,7 @@ use napi_derive::napi;
 use super::bytes::Bytes;
 use super::call::{Call, promise, whole_ms};
 use crate::agent::Event;
-use crate::sandbox::{self, registry};
+use crate::sandbox::{self, awake};
 
 /// Size of a terminal.
 #[napi(object)]
@@ -133,7 +133,7 @@ pub fn start_process(
             tag: None,
             timeout_ms: Some(whole_ms(spec.timeout_ms)).filter(|ms| *ms > 0),
         };
-        Ok(Process { inner: Arc::new(registry().find(&id)?.start_process(exec).await?) })
+        Ok(Process { inner: Arc::new(awake(&id).await?.start_process(exec).await?) })
     })
 }
 
@@ -147,7 +147,7 @@ pub fn connect_process(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, Process>> {
     call.run(env, async move {
-        let process = registry().find(&id)?.connect_process(pid, whole_ms(timeout_ms)).await?;
+        let process = awake(&id).await?.connect_process(pid, whole_ms(timeout_ms)).await?;
         Ok(Process { inner: Arc::new(process) })
     })
 }
@@ -173,7 +173,7 @@ pub struct JsProcessInfo {
 #[napi]
 pub fn list_processes(env: &Env, id: String, call: Call) -> napi::Result<PromiseRaw<'_, Vec<JsProcessInfo>>> {
     call.run(env, async move {
-        let processes = registry().find(&id)?.processes().await?;
+        let processes = awake(&id).await?.processes().await?;
         Ok(processes
             .into_iter()
             .map(|process| JsProcessInfo {
@@ -197,7 +197,7 @@ pub fn signal_process(
     signal: i32,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move { registry().find(&id)?.signal(pid, signal).await })
+    call.run(env, async move { awake(&id).await?.signal(pid, signal).await })
 }
 
 /// Writes to the standard input or terminal of a process.
@@ -210,13 +210,13 @@ pub fn send_stdin<'env>(
     call: Call,
 ) -> napi::Result<PromiseRaw<'env, ()>> {
     let data = data.to_vec();
-    call.run(env, async move { registry().find(&id)?.send_stdin(pid, &data).await })
+    call.run(env, async move { awake(&id).await?.send_stdin(pid, &data).await })
 }
 
 /// Closes the standard input of a process.
 #[napi]
 pub fn close_stdin(env: &Env, id: String, pid: u32, call: Call) -> napi::Result<PromiseRaw<'_, ()>> {
-    call.run(env, async move { registry().find(&id)?.close_stdin(pid).await })
+    call.run(env, async move { awake(&id).await?.close_stdin(pid).await })
 }
 
 /// Sets the size of a terminal.
@@ -230,5 +230,5 @@ pub fn resize_pty(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, ()>> {
     let size = PtySize::from(JsPtySize { cols, rows });
-    call.run(env, async move { registry().find(&id)?.resize_pty(pid, size).await })
+    call.run(env, async move { awake(&id).await?.resize_pty(pid, size).await })
 }

@@ -1,16 +1,17 @@
-//! Sandboxes and snapshots: create, find, list, end, freeze, delete.
+//! Sandboxes: create, find, list, pause, resume, copy, end.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use napi::Env;
 use napi::bindgen_prelude::PromiseRaw;
 use napi_derive::napi;
 
 use super::call::{Call, duration};
+use super::to_js;
 use crate::sandbox::{
-    self, CreateRequest, Error, ListQuery, Places, Sandbox, SnapshotQuery, TemplateRequest, registry,
+    self, CreateRequest, Lifecycle, ListQuery, OnResume, OnTimeout, Places, SandboxInfo, State, registry,
 };
 
 /// Version of E2B's guest daemon whose behaviour the agent follows; clients switch features by it.
@@ -31,13 +32,42 @@ impl From<JsPlaces> for Places {
     }
 }
 
+/// What happens to a sandbox by itself.
+#[napi(object)]
+pub struct JsLifecycle {
+    /// Pause it at the end of its time instead of killing it.
+    pub pause: bool,
+    /// With its memory.
+    pub keep_memory: bool,
+    /// Resume it when a request comes.
+    pub auto_resume: bool,
+}
+
+impl From<JsLifecycle> for Lifecycle {
+    fn from(lifecycle: JsLifecycle) -> Self {
+        let JsLifecycle { pause, keep_memory, auto_resume } = lifecycle;
+        Self {
+            on_timeout: if pause { OnTimeout::Pause { keep_memory } } else { OnTimeout::Kill },
+            auto_resume,
+        }
+    }
+}
+
+impl From<Lifecycle> for JsLifecycle {
+    fn from(lifecycle: Lifecycle) -> Self {
+        let (pause, keep_memory) = match lifecycle.on_timeout {
+            OnTimeout::Kill => (false, true),
+            OnTimeout::Pause { keep_memory } => (true, keep_memory),
+        };
+        Self { pause, keep_memory, auto_resume: lifecycle.auto_resume }
+    }
+}
+
 /// Arguments of `createSandbox`.
 #[napi(object)]
 pub struct JsCreate {
-    /// Directory of the store.
-    pub home: String,
-    /// Directories in which the base template may lie.
-    pub guest: Vec<String>,
+    /// Where the store and the base template are.
+    pub places: JsPlaces,
     /// Template, snapshot id or snapshot name.
     pub template: String,
     /// Metadata.
@@ -46,6 +76,14 @@ pub struct JsCreate {
     pub envs: HashMap<String, String>,
     /// Life in milliseconds.
     pub timeout_ms: f64,
+    /// What happens to it by itself.
+    pub lifecycle: JsLifecycle,
+    /// Rules of its network, as JSON text.
+    pub network: Option<String>,
+    /// Whether it was allowed to reach the internet.
+    pub allow_internet_access: Option<bool>,
+    /// Whether HTTP requests to its ports must show a token.
+    pub private_ports: bool,
 }
 
 /// What is known about a sandbox.
@@ -63,7 +101,7 @@ pub struct JsSandboxInfo {
     pub started_at_ms: f64,
     /// Milliseconds since the epoch.
     pub end_at_ms: f64,
-    /// `running`
+    /// `running` or `paused`.
     pub state: &'static str,
     /// Processors.
     pub cpu_count: u32,
@@ -71,26 +109,41 @@ pub struct JsSandboxInfo {
     pub memory_mb: u32,
     /// Version of E2B's guest daemon whose behaviour the agent follows.
     pub envd_version: &'static str,
-    /// `kvm` or `soft`.
+    /// What happens to it by itself.
+    pub lifecycle: JsLifecycle,
+    /// Rules of its network, as JSON text.
+    pub network: Option<String>,
+    /// Whether it was allowed to reach the internet.
+    pub allow_internet_access: Option<bool>,
+    /// What HTTP requests to its ports must show.
+    pub traffic_access_token: Option<String>,
+    /// `kvm`, `soft`, or `none`.
     pub backend: &'static str,
     /// Why this backend was chosen.
     pub backend_reason: String,
 }
 
-impl From<&Sandbox> for JsSandboxInfo {
-    fn from(sandbox: &Sandbox) -> Self {
-        let facts = sandbox.facts();
+impl From<SandboxInfo> for JsSandboxInfo {
+    fn from(info: SandboxInfo) -> Self {
+        let SandboxInfo { id, profile, end_at, state, facts } = info;
         Self {
-            sandbox_id: sandbox.id().to_owned(),
-            template_id: sandbox.template().to_string(),
-            name: sandbox.template_name().map(str::to_owned),
-            metadata: sandbox.metadata().clone().into_iter().collect(),
-            started_at_ms: to_ms(sandbox.started_at()),
-            end_at_ms: to_ms(sandbox.end_at()),
-            state: "running",
+            sandbox_id: id,
+            started_at_ms: to_ms(profile.started_at()),
+            template_id: profile.template,
+            name: profile.template_name,
+            metadata: profile.metadata.into_iter().collect(),
+            end_at_ms: to_ms(end_at),
+            state: match state {
+                State::Running => "running",
+                State::Paused => "paused",
+            },
             cpu_count: facts.cpu_count,
             memory_mb: facts.memory_mb,
             envd_version: ENVD_VERSION,
+            lifecycle: profile.lifecycle.into(),
+            network: profile.network,
+            allow_internet_access: profile.allow_internet_access,
+            traffic_access_token: profile.traffic_token,
             backend: facts.backend,
             backend_reason: facts.backend_reason,
         }
@@ -99,6 +152,11 @@ impl From<&Sandbox> for JsSandboxInfo {
 
 fn to_ms(time: SystemTime) -> f64 {
     (time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64() * 1000.0).floor()
+}
+
+/// A number of things as the library counts them.
+pub(super) fn count(number: u32) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// Creates a sandbox.
@@ -110,56 +168,104 @@ pub fn create_sandbox(
 ) -> napi::Result<PromiseRaw<'_, JsSandboxInfo>> {
     call.run(env, async move {
         let sandbox = sandbox::create(CreateRequest {
-            places: JsPlaces { home: request.home, guest: request.guest }.into(),
+            places: request.places.into(),
             template: request.template,
             metadata: request.metadata.into_iter().collect(),
             envs: request.envs.into_iter().collect(),
             life: duration(request.timeout_ms),
+            lifecycle: request.lifecycle.into(),
+            network: request.network,
+            allow_internet_access: request.allow_internet_access,
+            private_ports: request.private_ports,
         })
         .await?;
-        Ok(JsSandboxInfo::from(&*sandbox))
+        Ok(sandbox.info().into())
     })
 }
 
-/// Extends the life of a sandbox that exists.
+/// Extends the life of a sandbox that runs in this process, or resumes a paused one: from its disk alone if `reboot`.
 #[napi]
 pub fn connect_sandbox(
     env: &Env,
+    places: JsPlaces,
     id: String,
     timeout_ms: f64,
+    reboot: bool,
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, JsSandboxInfo>> {
     call.run(env, async move {
-        let sandbox = registry().find_live(&id).map_err(|error| match error {
-            Error::SandboxNotFound(_) => Error::SandboxNotFound(format!("Paused sandbox {id} not found")),
-            other => other,
-        })?;
-        sandbox.extend(duration(timeout_ms));
-        Ok(JsSandboxInfo::from(&*sandbox))
+        let on_resume = if reboot { OnResume::Reboot } else { OnResume::Restore };
+        Ok(sandbox::connect(id, places.into(), duration(timeout_ms), on_resume).await?.info().into())
+    })
+}
+
+/// Pauses a sandbox. `false` if it is paused already.
+#[napi]
+pub fn pause_sandbox(
+    env: &Env,
+    places: JsPlaces,
+    id: String,
+    keep_memory: bool,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, bool>> {
+    call.run(env, sandbox::pause(id, places.into(), keep_memory))
+}
+
+/// One copy: a sandbox, or why there is none.
+#[napi(object, object_from_js = false)]
+pub struct JsCopy {
+    /// The sandbox.
+    pub sandbox: Option<JsSandboxInfo>,
+    /// The error, as a failed call would carry it.
+    pub error: Option<String>,
+}
+
+/// Copies a sandbox.
+#[napi]
+pub fn fork_sandbox(
+    env: &Env,
+    places: JsPlaces,
+    id: String,
+    copies: u32,
+    timeout_ms: f64,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, Vec<JsCopy>>> {
+    call.run(env, async move {
+        let made = sandbox::fork(&id, places.into(), count(copies), duration(timeout_ms)).await?;
+        let copy = |copy: sandbox::Copy| match copy {
+            Ok(sandbox) => JsCopy { sandbox: Some(sandbox.info().into()), error: None },
+            Err(error) => JsCopy { sandbox: None, error: Some(to_js(&error).reason.clone()) },
+        };
+        Ok(made.into_iter().map(copy).collect())
     })
 }
 
 /// What is known about a sandbox.
 #[napi]
-pub fn sandbox_info(env: &Env, id: String, call: Call) -> napi::Result<PromiseRaw<'_, JsSandboxInfo>> {
-    call.run(env, async move { Ok(JsSandboxInfo::from(&*registry().find_live(&id)?)) })
+pub fn sandbox_info(
+    env: &Env,
+    places: JsPlaces,
+    id: String,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, JsSandboxInfo>> {
+    call.run(env, async move { Ok(sandbox::get_info(id, places.into()).await?.into()) })
 }
 
-/// Whether a sandbox is live.
+/// Whether a sandbox runs.
 #[napi]
 pub fn is_running(env: &Env, id: String, call: Call) -> napi::Result<PromiseRaw<'_, bool>> {
     call.run(env, async move { Ok(registry().find(&id).is_ok_and(|sandbox| sandbox.ended().is_none())) })
 }
 
-/// Ends a sandbox. `false` if there is none, or it has ended already.
+/// Ends a sandbox, or deletes a paused one. `false` if there is none, or it has ended already.
 #[napi]
-pub fn kill_sandbox(env: &Env, id: String, call: Call) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move {
-        match registry().find(&id) {
-            Ok(sandbox) => sandbox.kill().await,
-            Err(_) => Ok(false),
-        }
-    })
+pub fn kill_sandbox(
+    env: &Env,
+    places: JsPlaces,
+    id: String,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, bool>> {
+    call.run(env, sandbox::kill(id, places.into()))
 }
 
 /// Sets the end of a sandbox's life to some time from now.
@@ -172,6 +278,77 @@ pub fn set_sandbox_timeout(
 ) -> napi::Result<PromiseRaw<'_, ()>> {
     call.run(env, async move {
         registry().find_live(&id)?.set_timeout(duration(timeout_ms));
+        Ok(())
+    })
+}
+
+/// Resource use at one moment.
+#[napi(object, object_from_js = false)]
+pub struct JsSample {
+    /// Milliseconds since the epoch.
+    pub at_ms: f64,
+    /// Percent of one processor.
+    pub cpu_used_pct: f64,
+    /// Processors.
+    pub cpu_count: u32,
+    /// Bytes.
+    pub mem_used: f64,
+    /// Bytes.
+    pub mem_total: f64,
+    /// Bytes.
+    pub mem_cache: f64,
+    /// Bytes.
+    pub disk_used: f64,
+    /// Bytes.
+    pub disk_total: f64,
+}
+
+impl From<sandbox::Sample> for JsSample {
+    fn from(sample: sandbox::Sample) -> Self {
+        // Sizes beyond 2^53 do not occur in a guest.
+        Self {
+            at_ms: to_ms(sample.at),
+            cpu_used_pct: sample.cpu_used_pct,
+            cpu_count: sample.cpu_count,
+            mem_used: sample.mem_used as f64,
+            mem_total: sample.mem_total as f64,
+            mem_cache: sample.mem_cache as f64,
+            disk_used: sample.disk_used as f64,
+            disk_total: sample.disk_total as f64,
+        }
+    }
+}
+
+/// Resource use of a sandbox between two moments, in milliseconds since the epoch.
+#[napi]
+pub fn sandbox_metrics(
+    env: &Env,
+    id: String,
+    start_ms: Option<f64>,
+    end_ms: Option<f64>,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, Vec<JsSample>>> {
+    call.run(env, async move {
+        let time = |ms: f64| SystemTime::UNIX_EPOCH + duration(ms);
+        let samples = registry().find_live(&id)?.metrics(start_ms.map(time), end_ms.map(time)).await?;
+        Ok(samples.into_iter().map(JsSample::from).collect())
+    })
+}
+
+/// Replaces the rules of a sandbox's network.
+#[napi]
+pub fn update_network(
+    env: &Env,
+    id: String,
+    network: Option<String>,
+    allow_internet_access: Option<bool>,
+    call: Call,
+) -> napi::Result<PromiseRaw<'_, ()>> {
+    call.run(env, async move {
+        registry().find_live(&id)?.change_profile(|profile| {
+            profile.network = network;
+            profile.allow_internet_access = allow_internet_access;
+        });
         Ok(())
     })
 }
@@ -206,7 +383,7 @@ pub struct JsSandboxPage {
     pub next_token: Option<String>,
 }
 
-/// Lists the live sandboxes of a store in this process.
+/// Lists the sandboxes that run in this process with a store, and those that are paused in it.
 #[napi]
 pub fn list_sandboxes(
     env: &Env,
@@ -214,178 +391,22 @@ pub fn list_sandboxes(
     call: Call,
 ) -> napi::Result<PromiseRaw<'_, JsSandboxPage>> {
     call.run(env, async move {
-        let page = registry().list(&ListQuery {
+        let wanted = |state: &str| query.states.iter().any(|wanted| wanted == state);
+        let page = sandbox::list(ListQuery {
+            running: wanted("running"),
+            paused: wanted("paused"),
             home: query.home.into(),
             metadata: query.metadata.into_iter().collect(),
-            running: query.states.iter().any(|state| state == "running"),
             started_after: query.started_after_ms.map(|ms| SystemTime::UNIX_EPOCH + duration(ms)),
             template: query.template,
             ascending: query.order == "asc",
-            limit: usize::try_from(query.limit).unwrap_or(usize::MAX),
+            limit: count(query.limit),
             next_token: query.next_token,
-        })?;
+        })
+        .await?;
         Ok(JsSandboxPage {
-            items: page.items.iter().map(|sandbox| JsSandboxInfo::from(&**sandbox)).collect(),
+            items: page.items.into_iter().map(JsSandboxInfo::from).collect(),
             next_token: page.next_token,
         })
-    })
-}
-
-/// A snapshot.
-#[napi(object)]
-pub struct JsSnapshot {
-    /// Its id.
-    pub snapshot_id: String,
-    /// Its names, without tags.
-    pub names: Vec<String>,
-    /// Its tag.
-    pub tag: String,
-    /// Milliseconds since the epoch.
-    pub created_at_ms: f64,
-    /// Bytes on disk of all that it needs.
-    pub size: f64,
-    /// Bytes on disk that it added.
-    pub own_size: f64,
-    /// What its sandbox was created from.
-    pub parent_id: Option<String>,
-    /// The sandbox it was taken from.
-    pub sandbox_id: Option<String>,
-    /// That sandbox's metadata, as JSON.
-    pub metadata: String,
-}
-
-impl From<sandbox::SnapshotInfo> for JsSnapshot {
-    fn from(info: sandbox::SnapshotInfo) -> Self {
-        Self {
-            snapshot_id: info.id,
-            names: info.names,
-            tag: info.tag,
-            created_at_ms: info.created_ms as f64,
-            size: info.size as f64,
-            own_size: info.own_size as f64,
-            parent_id: info.parent,
-            sandbox_id: info.source,
-            metadata: info.metadata,
-        }
-    }
-}
-
-/// Freezes a sandbox into a snapshot.
-#[napi]
-pub fn create_snapshot(
-    env: &Env,
-    id: String,
-    name: Option<String>,
-    call: Call,
-) -> napi::Result<PromiseRaw<'_, JsSnapshot>> {
-    call.run(env, async move {
-        let sandbox = registry().find_live(&id)?;
-        Ok(sandbox::create_snapshot(&sandbox, name.as_deref()).await?.into())
-    })
-}
-
-/// Arguments of `listSnapshots`.
-#[napi(object)]
-pub struct JsSnapshotQuery {
-    /// Directory of the store.
-    pub home: String,
-    /// Only those made from this sandbox.
-    pub sandbox_id: Option<String>,
-    /// Only the one with this name, `name:tag` or id.
-    pub name: Option<String>,
-    /// Items per page.
-    pub limit: u32,
-    /// Where to go on.
-    pub next_token: Option<String>,
-}
-
-/// One page of snapshots.
-#[napi(object)]
-pub struct JsSnapshotPage {
-    /// The snapshots.
-    pub items: Vec<JsSnapshot>,
-    /// Where the next page starts.
-    pub next_token: Option<String>,
-}
-
-/// Lists the snapshots of a store.
-#[napi]
-pub fn list_snapshots(
-    env: &Env,
-    query: JsSnapshotQuery,
-    call: Call,
-) -> napi::Result<PromiseRaw<'_, JsSnapshotPage>> {
-    call.run(env, async move {
-        let page = sandbox::list_snapshots(SnapshotQuery {
-            home: query.home.into(),
-            sandbox_id: query.sandbox_id,
-            name: query.name,
-            limit: usize::try_from(query.limit).unwrap_or(usize::MAX),
-            next_token: query.next_token,
-        })
-        .await?;
-        Ok(JsSnapshotPage {
-            items: page.items.into_iter().map(JsSnapshot::from).collect(),
-            next_token: page.next_token,
-        })
-    })
-}
-
-/// Deletes a snapshot, even one in use with `force`. `false` if it does not exist.
-#[napi]
-pub fn delete_snapshot(
-    env: &Env,
-    places: JsPlaces,
-    id: String,
-    force: bool,
-    call: Call,
-) -> napi::Result<PromiseRaw<'_, bool>> {
-    call.run(env, async move { sandbox::delete_snapshot(places.home.into(), id, force).await })
-}
-
-/// Arguments of `buildTemplate`.
-#[napi(object)]
-pub struct JsTemplateRequest {
-    /// The kernel: an ELF file.
-    pub kernel: String,
-    /// The root file system with the agent.
-    pub rootfs: String,
-    /// Directory to create: the template.
-    pub out: String,
-    /// Memory of the guest in MiB.
-    pub memory_mb: u32,
-    /// Longest time to wait for the agent, in milliseconds.
-    pub boot_timeout_ms: f64,
-}
-
-/// What was built.
-#[napi(object)]
-pub struct JsTemplate {
-    /// Id of the template.
-    pub template_id: String,
-    /// From the kernel's first instruction to the agent's first answer.
-    pub boot_ms: f64,
-    /// From the pause to the published template.
-    pub capture_ms: f64,
-}
-
-/// Boots a guest and freezes it into the base template.
-#[napi]
-pub fn build_template(
-    env: &Env,
-    request: JsTemplateRequest,
-    call: Call,
-) -> napi::Result<PromiseRaw<'_, JsTemplate>> {
-    call.run(env, async move {
-        let built = sandbox::build_template(TemplateRequest {
-            kernel: request.kernel.into(),
-            rootfs: request.rootfs.into(),
-            out: request.out.into(),
-            memory_mb: request.memory_mb,
-            boot_timeout: duration(request.boot_timeout_ms),
-        })
-        .await?;
-        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-        Ok(JsTemplate { template_id: built.id, boot_ms: ms(built.boot), capture_ms: ms(built.capture) })
     })
 }

@@ -9,7 +9,7 @@ use napi_derive::napi;
 
 use super::call::{Call, promise, whole_ms};
 use super::files::JsEntry;
-use crate::sandbox::{self, registry};
+use crate::sandbox::{self, awake};
 
 /// What to watch.
 #[napi(object)]
@@ -93,7 +93,7 @@ pub fn watch_dir(env: &Env, id: String, spec: JsWatch, call: Call) -> napi::Resu
             include_entry: spec.include_entry,
             allow_network_mounts: spec.allow_network_mounts,
         };
-        let watcher = registry().find(&id)?.watch_dir(request, whole_ms(spec.timeout_ms)).await?;
+        let watcher = awake(&id).await?.watch_dir(request, whole_ms(spec.timeout_ms)).await?;
         Ok(Watcher { inner: Arc::new(watcher) })
     })
 }

@@ -12,6 +12,8 @@ pub enum Ended {
     Killed,
     /// Reached the end of its life.
     TimedOut,
+    /// It is in the store, and can be resumed.
+    Paused,
     /// The machine stopped by itself.
     Crashed {
         /// What happened, for people.
@@ -51,6 +53,11 @@ pub enum Error {
         "The sandbox was killed or reached its end of life ({0}). Its life can be set with 'timeoutMs' and 'setTimeout'"
     )]
     SandboxKilled(&'static str),
+    /// The sandbox is not running, but can be resumed.
+    #[error(
+        "The sandbox is paused: resume it with 'connect', or create it with 'lifecycle: {{ onTimeout: \"pause\", autoResume: true }}'"
+    )]
+    SandboxPaused,
     /// The machine stopped by itself.
     #[error("The sandbox has crashed: {reason}{}", last_lines(console))]
     SandboxCrashed {
@@ -117,7 +124,7 @@ fn last_lines(console: &str) -> String {
 
 impl Error {
     /// Every code, for the test that compares them with the JavaScript table.
-    pub const CODES: [&'static str; 23] = [
+    pub const CODES: [&'static str; 24] = [
         "ERR_INVALID_ARGUMENT",
         "ERR_AUTHENTICATION",
         "ERR_NOT_FOUND",
@@ -126,6 +133,7 @@ impl Error {
         "ERR_TIMEOUT",
         "ERR_REQUEST_TIMEOUT",
         "ERR_SANDBOX_KILLED",
+        "ERR_SANDBOX_PAUSED",
         "ERR_SANDBOX_CRASHED",
         "ERR_NOT_ENOUGH_SPACE",
         "ERR_TEMPLATE_MISSING",
@@ -154,6 +162,7 @@ impl Error {
             Self::Timeout(_) => "ERR_TIMEOUT",
             Self::RequestTimeout(_) => "ERR_REQUEST_TIMEOUT",
             Self::SandboxKilled(_) => "ERR_SANDBOX_KILLED",
+            Self::SandboxPaused => "ERR_SANDBOX_PAUSED",
             Self::SandboxCrashed { .. } => "ERR_SANDBOX_CRASHED",
             Self::NotEnoughSpace(_) => "ERR_NOT_ENOUGH_SPACE",
             Self::TemplateMissing(_) => "ERR_TEMPLATE_MISSING",
@@ -214,6 +223,7 @@ impl From<&Ended> for Error {
     fn from(ended: &Ended) -> Self {
         match ended {
             Ended::Killed => Self::SandboxKilled("it was killed"),
+            Ended::Paused => Self::SandboxPaused,
             Ended::TimedOut => Self::SandboxKilled("its timeout has passed"),
             Ended::Crashed { reason, console } => {
                 Self::SandboxCrashed { reason: Arc::clone(reason), console: Arc::clone(console) }

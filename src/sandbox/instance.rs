@@ -1,18 +1,20 @@
 //! One sandbox: a machine with an identity and a lifetime. A task of its own watches for the end, whichever comes first: the deadline, a
 //! crash, or a kill. From then on every pending and later operation fails with the reason.
 
-use std::collections::BTreeMap;
 use std::future::Future;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use amber_layers::{SnapshotId, Store};
+use amber_layers::{Claim, SnapshotId, Store};
 use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::time::Instant;
 
-use super::registry::registry;
-use super::vm::{Facts, Vm};
+use super::metrics::History;
+use super::paused;
+use super::profile::{OnTimeout, Profile, SandboxInfo, State};
+use super::registry::{Asleep, registry};
+use super::stores::Places;
+use super::vm::Vm;
 use super::{Ended, Error};
 use crate::agent::{Agent, AgentError};
 
@@ -32,6 +34,9 @@ pub(super) async fn end_behind(failure: &AgentError, ended: impl Future<Output =
 /// Longest life: far beyond any use, and safe in all arithmetic of clocks.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
 
+/// How long a sandbox lives on that should have been paused and could not be.
+const SECOND_TRY: Duration = Duration::from_secs(60);
+
 /// When a sandbox's life ends, on both clocks.
 #[derive(Debug, Clone, Copy)]
 struct Lifetime {
@@ -50,22 +55,26 @@ impl Lifetime {
 pub(super) struct Identity {
     pub(super) id: String,
     pub(super) store: Arc<Store>,
-    pub(super) home: PathBuf,
-    pub(super) template: SnapshotId,
-    pub(super) template_name: Option<String>,
-    pub(super) metadata: BTreeMap<String, String>,
-    pub(super) access_token: String,
+    pub(super) places: Places,
+    pub(super) profile: Profile,
     pub(super) life: Duration,
+    /// What it goes on from, if nobody else shall: deleted at its end.
+    pub(super) claim: Option<Arc<Claim>>,
 }
 
 /// One sandbox of this process.
 pub struct Sandbox {
-    identity: Identity,
-    started_at: SystemTime,
+    id: String,
+    store: Arc<Store>,
+    places: Places,
+    profile: RwLock<Profile>,
+    template: Option<SnapshotId>,
     vm: Arc<dyn Vm>,
     pub(super) agent: Agent,
     lifetime: watch::Sender<Lifetime>,
     ended: watch::Sender<Option<Ended>>,
+    claim: std::sync::Mutex<Option<Arc<Claim>>>,
+    pub(super) history: History,
     /// Held by a snapshot, and by a kill, which waits for a snapshot in progress.
     pub(super) exclusive: Arc<Mutex<()>>,
 }
@@ -73,17 +82,34 @@ pub struct Sandbox {
 impl Sandbox {
     /// Takes a machine whose agent has been identified. The caller registers and watches it.
     pub(super) fn new(identity: Identity, vm: Arc<dyn Vm>) -> Arc<Self> {
-        let agent = Agent::new(vm.connector());
-        let lifetime = watch::Sender::new(Lifetime::from_now(identity.life));
+        let Identity { id, store, places, mut profile, life, claim } = identity;
+        let facts = vm.facts();
+        (profile.cpu_count, profile.memory_mb) = (facts.cpu_count, facts.memory_mb);
+        let lifetime = Lifetime::from_now(life);
+        profile.life_ms = millis(life);
         Arc::new(Self {
-            identity,
-            started_at: SystemTime::now(),
+            template: profile.template_id().ok(),
+            id,
+            store,
+            places,
+            profile: RwLock::new(profile),
+            agent: Agent::new(vm.connector()),
+            history: History::new(vm.cpu_time()),
             vm,
-            agent,
-            lifetime,
+            lifetime: watch::Sender::new(lifetime),
             ended: watch::Sender::new(None),
+            claim: std::sync::Mutex::new(claim),
             exclusive: Arc::default(),
         })
+    }
+
+    /// A sandbox that is known in this process and ends in its time.
+    pub(super) fn launch(identity: Identity, vm: Arc<dyn Vm>) -> Arc<Self> {
+        let sandbox = Self::new(identity, vm);
+        registry().insert(&sandbox);
+        sandbox.watch();
+        sandbox.sample();
+        sandbox
     }
 
     /// Starts the task that ends the sandbox when its time has come or its machine has stopped.
@@ -99,14 +125,13 @@ impl Sandbox {
                 tokio::select! {
                     _ = wait_end(&mut ended) => return,
                     reason = &mut crashed => {
-                        sandbox.finish(reason);
+                        sandbox.finish(reason, None);
                         let _joined = sandbox.stop_machine().await;
                         return;
                     }
                     () = tokio::time::sleep_until(deadline) => {
                         // `setTimeout` may have moved the end in the same instant.
-                        if lifetime.borrow().deadline <= Instant::now() {
-                            let _ended = sandbox.terminate(Ended::TimedOut).await;
+                        if sandbox.overdue() && sandbox.end_of_life().await {
                             return;
                         }
                     }
@@ -116,19 +141,44 @@ impl Sandbox {
         });
     }
 
-    /// Id of the sandbox.
-    pub fn id(&self) -> &str {
-        &self.identity.id
+    /// Whether its time is up.
+    pub(super) fn overdue(&self) -> bool {
+        self.lifetime.borrow().deadline <= Instant::now()
     }
 
-    /// Directory of the store it belongs to.
-    pub(super) fn home(&self) -> &PathBuf {
-        &self.identity.home
+    /// Does what is to be done when its time is up. `false` if it goes on.
+    async fn end_of_life(self: &Arc<Self>) -> bool {
+        let OnTimeout::Pause { keep_memory } = self.profile().lifecycle.on_timeout else {
+            // A pause that has begun comes first.
+            let _turn = paused::turn(self.id()).await;
+            if self.overdue() {
+                let _ended = self.terminate(Ended::TimedOut).await;
+            }
+            return self.ended().is_some();
+        };
+        if let Err(error) = paused::pause_overdue(self, keep_memory).await
+            && self.ended().is_none()
+        {
+            // Its user wanted nothing to be lost: better a sandbox too many than one that cannot be found again.
+            tracing::warn!(sandbox = self.id(), "The sandbox could not be paused at its end: {error}");
+            self.extend(SECOND_TRY);
+        }
+        self.ended().is_some()
+    }
+
+    /// Id of the sandbox.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Where its store and the base template are.
+    pub(super) fn places(&self) -> &Places {
+        &self.places
     }
 
     /// The store it belongs to.
     pub(super) fn store(&self) -> &Arc<Store> {
-        &self.identity.store
+        &self.store
     }
 
     /// The machine that runs it.
@@ -136,39 +186,35 @@ impl Sandbox {
         &self.vm
     }
 
-    /// Template or snapshot it was created from.
-    pub fn template(&self) -> &SnapshotId {
-        &self.identity.template
+    /// What it was created with, and what was changed since.
+    pub fn profile(&self) -> Profile {
+        self.profile.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Name of the template or snapshot it was created from.
-    pub fn template_name(&self) -> Option<&str> {
-        self.identity.template_name.as_deref()
+    /// Changes what a pause keeps of it.
+    pub fn change_profile(&self, change: impl FnOnce(&mut Profile)) {
+        change(&mut self.profile.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Metadata given when it was created.
-    pub fn metadata(&self) -> &BTreeMap<String, String> {
-        &self.identity.metadata
+    /// Whether it was created from this template or snapshot.
+    pub(super) fn is_from(&self, template: &SnapshotId) -> bool {
+        self.template.as_ref() == Some(template)
     }
 
-    /// Secret that tells this sandbox's requests from those of its copies; different even in copies of one snapshot.
-    pub fn access_token(&self) -> &str {
-        &self.identity.access_token
-    }
-
-    /// When it was created.
-    pub fn started_at(&self) -> SystemTime {
-        self.started_at
+    /// What is known about it.
+    pub fn info(&self) -> SandboxInfo {
+        SandboxInfo {
+            id: self.id.clone(),
+            profile: self.profile(),
+            end_at: self.end_at(),
+            state: State::Running,
+            facts: self.vm.facts(),
+        }
     }
 
     /// When its life will end.
     pub fn end_at(&self) -> SystemTime {
         self.lifetime.borrow().end_at
-    }
-
-    /// What its machine says about itself.
-    pub fn facts(&self) -> Facts {
-        self.vm.facts()
     }
 
     /// Why it is not there any more, if so.
@@ -178,6 +224,7 @@ impl Sandbox {
 
     /// Sets the end of its life to `life` from now, earlier or later than it was.
     pub fn set_timeout(&self, life: Duration) {
+        self.change_profile(|profile| profile.life_ms = millis(life));
         self.lifetime.send_replace(Lifetime::from_now(life));
     }
 
@@ -213,14 +260,14 @@ impl Sandbox {
 
     async fn terminate(&self, reason: Ended) -> Result<bool, Error> {
         // First of all, so that snapshots that wait for their turn fail instead of being waited for.
-        let first = self.finish(reason);
+        let first = self.finish(reason, None);
         let _exclusive = self.exclusive.lock().await;
         self.stop_machine().await?;
         Ok(first)
     }
 
     /// Records the end, once, and takes the sandbox out of the registry.
-    fn finish(&self, reason: Ended) -> bool {
+    pub(super) fn finish(&self, reason: Ended, asleep: Option<Asleep>) -> bool {
         let first = self.ended.send_if_modified(|ended| {
             let first = ended.is_none();
             if first {
@@ -229,14 +276,20 @@ impl Sandbox {
             first
         });
         if first {
-            registry().retire(self.id(), reason);
+            registry().retire(self.id(), reason, asleep);
         }
         first
     }
 
-    async fn stop_machine(&self) -> Result<(), Error> {
+    /// Stops the machine; what it went on from is deleted when nobody has it any more.
+    pub(super) async fn stop_machine(&self) -> Result<(), Error> {
         let vm = Arc::clone(&self.vm);
-        tokio::task::spawn_blocking(move || vm.kill()).await.map_err(Error::panicked)
+        let claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stop = move || {
+            vm.kill();
+            drop(claim);
+        };
+        tokio::task::spawn_blocking(stop).await.map_err(Error::panicked)
     }
 
     /// Carries out an operation of the agent, unless and until the sandbox ends.
@@ -276,6 +329,10 @@ impl Sandbox {
     }
 }
 
+fn millis(life: Duration) -> u64 {
+    u64::try_from(life.min(LONGEST).as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Waits for the end of a sandbox.
 async fn wait_end(ended: &mut watch::Receiver<Option<Ended>>) -> Ended {
     match ended.wait_for(Option::is_some).await {
@@ -287,9 +344,6 @@ async fn wait_end(ended: &mut watch::Receiver<Option<Ended>>) -> Ended {
 
 impl std::fmt::Debug for Sandbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sandbox")
-            .field("id", &self.identity.id)
-            .field("ended", &self.ended())
-            .finish_non_exhaustive()
+        f.debug_struct("Sandbox").field("id", &self.id).field("ended", &self.ended()).finish_non_exhaustive()
     }
 }

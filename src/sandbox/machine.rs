@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use amber_layers::{NewSnapshot, Snapshot, SnapshotMeta, Store, StoreError};
 
@@ -15,7 +16,8 @@ use crate::devices::vsock::VsockConnector;
 use crate::machine::probe::{self, Choice};
 use crate::machine::vcpu::BackendError;
 use crate::machine::{
-    BootConfig, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig, SnapshotError,
+    BootConfig, Content, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig,
+    SnapshotError,
 };
 
 /// The guest's first program.
@@ -95,11 +97,33 @@ impl Vm for MachineVm {
         &self,
         store: &Arc<Store>,
         snapshot: NewSnapshot,
+        content: Content,
         captured: Captured,
     ) -> Result<SnapshotMeta, Error> {
-        let done = self.machine.capture_then(store, snapshot, captured)?;
+        let done = self.machine.capture_then(store, snapshot, content, captured)?;
         tracing::debug!(id = %done.meta.id, pause = ?done.pause, total = ?done.total, "Snapshot taken");
         Ok(done.meta)
+    }
+
+    fn suspend(
+        &self,
+        store: &Arc<Store>,
+        snapshot: NewSnapshot,
+        content: Content,
+    ) -> Result<SnapshotMeta, Error> {
+        self.machine.pause()?;
+        match self.machine.capture_then(store, snapshot, content, || {}) {
+            Ok(captured) => Ok(captured.meta),
+            Err(error) => {
+                // If it has ended meanwhile, the caller learns that from its end.
+                let _ = self.machine.resume();
+                Err(error.into())
+            }
+        }
+    }
+
+    fn cpu_time(&self) -> Duration {
+        self.machine.cpu_time()
     }
 }
 
@@ -108,6 +132,21 @@ pub(super) fn restore(snapshot: &Arc<Snapshot>, dir: &Path) -> Result<Arc<dyn Vm
     let config = RestoreConfig { storage: DiskStorage::Directory(dir.to_owned()) };
     let choice = choose(Some(dir))?;
     start(Machine::restore(snapshot, config, choice.backend.backend())?, choice)
+}
+
+/// Boots a guest from a kernel and the disk in a snapshot. What it writes to the disk is kept in unlinked files in `dir`. Blocks.
+pub(super) fn reboot(snapshot: &Arc<Snapshot>, kernel: &Path, dir: &Path) -> Result<Arc<dyn Vm>, Error> {
+    let config = BootConfig {
+        ram: 0,
+        cpus: 1,
+        kernel: kernel.to_owned(),
+        init: INIT.to_owned(),
+        parameters: String::new(),
+        rootfs: dir.to_owned(),
+        storage: DiskStorage::Directory(dir.to_owned()),
+    };
+    let choice = choose(Some(dir))?;
+    start(Machine::boot_snapshot(snapshot, config, choice.backend.backend())?, choice)
 }
 
 /// Boots a guest from a kernel and a root file system. Blocks.

@@ -1,6 +1,7 @@
 //! Sandboxes: a machine with an identity, a lifetime, a store it came from and an agent inside it.
 //!
 //! - [`registry`]: the sandboxes of this process, found by id from every JavaScript realm.
+//! - [`pause`], [`connect`], [`awake`], [`fork`]: how it leaves memory, comes back and multiplies. [`list`]: all of them.
 //! - [`Sandbox`]: one of them; its end, whatever the cause, reaches every pending and later operation.
 //! - [`create`], [`create_snapshot`], [`build_template`]: how machines come from snapshots and snapshots from machines.
 //!
@@ -9,11 +10,16 @@
 
 mod create;
 mod error;
+mod fork;
 mod id;
 mod instance;
+mod listing;
 mod machine;
+mod metrics;
 mod ops;
+mod paused;
 mod process;
+mod profile;
 mod registry;
 mod snapshots;
 mod store;
@@ -30,10 +36,15 @@ use tokio::runtime::{Builder, Handle, Runtime};
 
 pub use create::{CreateRequest, create};
 pub use error::{Ended, Error};
+pub use fork::{Copy, fork};
 pub use instance::Sandbox;
+pub use listing::{ListQuery, Page, list};
+pub use metrics::Sample;
 pub use ops::{FileReader, FileWriter};
+pub use paused::{OnResume, awake, connect, get_info, kill, pause};
 pub use process::Process;
-pub use registry::{ListQuery, Page, Registry, registry};
+pub use profile::{Lifecycle, OnTimeout, Profile, SandboxInfo, State};
+pub use registry::{Registry, registry};
 pub use snapshots::{SnapshotInfo, SnapshotQuery, create_snapshot, delete_snapshot, list_snapshots};
 pub use store::{
     ExportInfo, StoreProblem, StoreReport, collect_store, export_snapshot, import_snapshot, store_layers,

@@ -7,8 +7,10 @@ use std::time::Duration;
 use amber_layers::{Kind, ListFilter, NewSnapshot, Parent, SnapshotMeta, Store};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 
-use super::registry::{Page, page, registry};
+use super::listing::{Page, page};
+use super::registry::registry;
 use super::{Ended, Error, Sandbox, blocking, stores};
+use crate::machine::Content;
 
 /// A snapshot, as users see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,9 +90,16 @@ fn split_name(text: &str) -> Result<(String, Option<String>), Error> {
 /// How long the guest's processes may take to stand still for a snapshot. Later it is taken as it is.
 const FREEZE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Freezes a sandbox into a snapshot; the sandbox goes on running. Several at once take turns; a kill waits for the one
-/// that is being made, and the others fail.
-pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Result<SnapshotInfo, Error> {
+/// How long they and writing the guest's files back may take for a snapshot of the disk alone, which needs both.
+const DISK_LIMIT: Duration = Duration::from_secs(20);
+
+/// Freezes a sandbox into a snapshot: all of it, or its disk alone. The sandbox goes on running. Several at once take turns; a kill
+/// waits for the one that is being made, and the others fail.
+pub async fn create_snapshot(
+    sandbox: &Arc<Sandbox>,
+    name: Option<&str>,
+    content: Content,
+) -> Result<SnapshotInfo, Error> {
     let (names, tag) = match name {
         Some(name) => {
             let (name, tag) = split_name(name)?;
@@ -105,15 +114,15 @@ pub async fn create_snapshot(sandbox: &Arc<Sandbox>, name: Option<&str>) -> Resu
         tag,
         source: Some(sandbox.id().to_owned()),
         parent: parent_of(sandbox),
-        metadata: serde_json::to_string(sandbox.metadata()).unwrap_or_else(|_| "{}".to_owned()),
+        metadata: serde_json::to_string(&sandbox.profile().metadata).unwrap_or_else(|_| "{}".to_owned()),
         ..NewSnapshot::default()
     };
-    Ok(SnapshotInfo::from(&capture(sandbox, snapshot, exclusive).await?))
+    Ok(SnapshotInfo::from(&capture(sandbox, snapshot, content, exclusive).await?))
 }
 
 /// What the sandbox was created from, unless that was deleted.
 fn parent_of(sandbox: &Sandbox) -> Option<Parent> {
-    let found = sandbox.store().resolve(sandbox.template().as_str());
+    let found = sandbox.store().resolve(&sandbox.profile().template);
     found.ok().flatten().map(|meta| meta.as_parent())
 }
 
@@ -122,28 +131,27 @@ fn parent_of(sandbox: &Sandbox) -> Option<Parent> {
 pub(super) async fn capture(
     sandbox: &Arc<Sandbox>,
     snapshot: NewSnapshot,
+    content: Content,
     exclusive: OwnedMutexGuard<()>,
 ) -> Result<SnapshotMeta, Error> {
     let owner = Arc::clone(sandbox);
     // A task of its own: a caller that gives up leaves neither a frozen guest nor half a snapshot behind.
     let whole = tokio::spawn(async move {
-        freeze(&owner).await;
+        stand_still(&owner, content).await?;
         let (captured, fixed) = oneshot::channel();
         let thaw = {
             let owner = Arc::clone(&owner);
             async move {
                 // Dropped without a word if the capture failed before.
                 let _ = fixed.await;
-                if let Err(error) = owner.agent.thaw().await {
-                    tracing::warn!(sandbox = owner.id(), %error, "Processes may stand still for a while");
-                }
+                go_on(&owner).await;
             }
         };
         let taken = {
             let owner = Arc::clone(&owner);
             blocking(move || {
                 let captured = Box::new(move || _ = captured.send(()));
-                owner.vm().capture(owner.store(), snapshot, captured)
+                owner.vm().capture(owner.store(), snapshot, content, captured)
             })
         };
         let (taken, ()) = tokio::join!(taken, thaw);
@@ -158,15 +166,43 @@ pub(super) async fn capture(
     whole.await.map_err(Error::panicked)?
 }
 
-/// Makes the guest's processes stand still. A guest in which that fails is captured all the same: its copies are told who they
-/// are a few milliseconds after they begin to run.
-async fn freeze(sandbox: &Sandbox) {
-    match tokio::time::timeout(FREEZE_LIMIT, sandbox.agent.freeze()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::warn!(sandbox = sandbox.id(), %error, "Processes run on during a snapshot");
+/// Makes the guest's processes stand still, and for a snapshot of the disk alone writes its files back: without that such a snapshot is
+/// not made. With memory, a guest in which it fails is captured all the same: its copies are told who they are a few milliseconds after
+/// they begin to run.
+pub(super) async fn stand_still(sandbox: &Sandbox, content: Content) -> Result<(), Error> {
+    let still = sandbox.agent_call(sandbox.agent.freeze());
+    if content == Content::Full {
+        match tokio::time::timeout(FREEZE_LIMIT, still).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(sandbox = sandbox.id(), %error, "Processes run on during a snapshot");
+            }
+            Err(_) => tracing::warn!(sandbox = sandbox.id(), "Processes did not stop for a snapshot in time"),
         }
-        Err(_) => tracing::warn!(sandbox = sandbox.id(), "Processes did not stop for a snapshot in time"),
+        return Ok(());
+    }
+    let written = async {
+        still.await?;
+        sandbox.agent_call(sandbox.agent.sync()).await
+    };
+    let written = tokio::time::timeout(DISK_LIMIT, written).await.unwrap_or_else(|_| {
+        let seconds = DISK_LIMIT.as_secs();
+        Err(Error::Agent(format!("The guest did not write its files back within {seconds} s")))
+    });
+    if written.is_err() {
+        go_on(sandbox).await;
+    }
+    written
+}
+
+/// Undoes [`stand_still`].
+pub(super) async fn go_on(sandbox: &Sandbox) {
+    // An agent that cannot be reached thaws by itself after half a minute.
+    match tokio::time::timeout(FREEZE_LIMIT, sandbox.agent_call(sandbox.agent.thaw())).await {
+        Ok(Err(error)) if sandbox.ended().is_none() => {
+            tracing::warn!(sandbox = sandbox.id(), %error, "Processes may stand still for a while");
+        }
+        _ => {}
     }
 }
 
@@ -211,8 +247,13 @@ pub async fn delete_snapshot(home: PathBuf, name: String, force: bool) -> Result
     blocking(move || {
         let store: Arc<Store> = stores::open(&home)?;
         let Some(meta) = store.resolve(&name.to_lowercase())? else { return Ok(false) };
-        if meta.kind == Kind::Template {
-            return Err(Error::SnapshotInUse { id: name, users: "it is the base template".to_owned() });
+        match meta.kind {
+            Kind::Snapshot => {}
+            Kind::Template => {
+                return Err(Error::SnapshotInUse { id: name, users: "it is the base template".to_owned() });
+            }
+            // A paused sandbox is killed, not deleted.
+            Kind::Sandbox => return Ok(false),
         }
         if force {
             return Ok(store.delete_forced(&meta.id)?);

@@ -35,6 +35,11 @@ pub(super) fn open(home: &Path) -> Result<Arc<Store>, Error> {
     Ok(store)
 }
 
+/// The store in `home`, unless there is none. Blocks.
+pub(super) fn existing(home: &Path) -> Result<Option<Arc<Store>>, Error> {
+    if home.is_dir() { open(home).map(Some) } else { Ok(None) }
+}
+
 /// Names the variable with the most bytes that layers and manifests may have for this process to add more.
 const QUOTA: &str = "AMBERBOX_STORE_QUOTA";
 

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,12 +14,19 @@ use super::stores::Places;
 use super::vm::{Orphan, Vm};
 use super::{Error, blocking, machine};
 use crate::agent::Agent;
+use crate::machine::Content;
 
 /// Name of the base template.
 const BASE: &str = "base";
 
 /// The template below a guest directory.
 const TEMPLATE_DIR: &str = "template";
+
+/// The kernel, compressed, in a template's directory and in a store.
+const KERNEL: &str = "kernel.zst";
+
+/// What the kernel is compressed with: it is done once, and read at each boot.
+const KERNEL_LEVEL: i32 = 19;
 
 /// How long to wait between two attempts to reach an agent that does not listen yet.
 const RETRY: Duration = Duration::from_millis(20);
@@ -32,7 +40,38 @@ pub(super) fn resolve(store: &Arc<Store>, places: &Places, wanted: &str) -> Resu
     if wanted.strip_suffix(":default").unwrap_or(&wanted) == BASE {
         adopt_base(store, places)?;
     }
-    store.resolve(&wanted)?.ok_or(Error::UnknownTemplate(wanted))
+    // What is kept of a paused sandbox is nobody's template.
+    let found = store.resolve(&wanted)?.filter(|meta| meta.kind != Kind::Sandbox);
+    found.ok_or(Error::UnknownTemplate(wanted))
+}
+
+/// The kernel that boots a disk: the one that came with the base template. Blocks.
+pub(super) fn kernel(store: &Arc<Store>, places: &Places) -> Result<PathBuf, Error> {
+    adopt_base(store, places)?;
+    let mut kernels = std::iter::once(store.dir().join(KERNEL))
+        .chain(places.guest.iter().map(|dir| dir.join(TEMPLATE_DIR).join(KERNEL)));
+    kernels.find(|path| path.is_file()).ok_or_else(|| {
+        Error::TemplateMissing(
+            "The base template has no kernel to boot with, because an older release made it. Run `npm run setup`"
+                .to_owned(),
+        )
+    })
+}
+
+/// Keeps the template's kernel with the store, which may outlive the template's directory.
+fn adopt_kernel(template: &Path, store: &Store) -> Result<(), Error> {
+    let (from, to) = (template.join(KERNEL), store.dir().join(KERNEL));
+    if !from.is_file() {
+        return Ok(());
+    }
+    let failed = |error: io::Error| Error::Store(format!("Cannot copy {}: {error}", from.display()));
+    // Whole or not at all; of several processes the last one wins, and all of them have the same.
+    let temporary = store.dir().join(format!("{KERNEL}.{}", std::process::id()));
+    let copied = fs::copy(&from, &temporary).and_then(|_| fs::rename(&temporary, &to));
+    if copied.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    copied.map_err(failed)
 }
 
 fn adopt_base(store: &Arc<Store>, places: &Places) -> Result<(), Error> {
@@ -53,6 +92,7 @@ fn adopt_base(store: &Arc<Store>, places: &Places) -> Result<(), Error> {
         return Ok(());
     }
     store.adopt(&dir)?;
+    adopt_kernel(&dir, store)?;
     adopted.insert(places.home.clone(), dir);
     Ok(())
 }
@@ -87,7 +127,8 @@ pub struct TemplateResult {
 pub async fn build_template(request: TemplateRequest) -> Result<TemplateResult, Error> {
     let begun = Instant::now();
     let TemplateRequest { kernel, rootfs, out, memory_mb, boot_timeout } = request;
-    let machine = blocking(move || Ok(Orphan::new(machine::boot(&kernel, &rootfs, memory_mb)?))).await?;
+    let image = kernel.clone();
+    let machine = blocking(move || Ok(Orphan::new(machine::boot(&image, &rootfs, memory_mb)?))).await?;
     let vm = Arc::clone(machine.vm());
     let agent = Agent::new(vm.connector());
     let ready = tokio::select! {
@@ -100,7 +141,7 @@ pub async fn build_template(request: TemplateRequest) -> Result<TemplateResult, 
     let boot = begun.elapsed();
     ready?;
     agent.sync().await?;
-    let meta = blocking(move || capture(&*vm, &out)).await?;
+    let meta = blocking(move || capture(&*vm, &kernel, &out)).await?;
     let capture = begun.elapsed() - boot;
     let vm = machine.adopt();
     blocking(move || {
@@ -111,19 +152,23 @@ pub async fn build_template(request: TemplateRequest) -> Result<TemplateResult, 
     Ok(TemplateResult { id: meta.id.to_string(), boot, capture })
 }
 
-fn capture(vm: &dyn Vm, out: &Path) -> Result<SnapshotMeta, Error> {
+fn capture(vm: &dyn Vm, kernel: &Path, out: &Path) -> Result<SnapshotMeta, Error> {
     let store = Arc::new(Store::open(out)?);
+    let failed = |error: io::Error| Error::Store(format!("Cannot copy {}: {error}", kernel.display()));
+    let image = fs::read(kernel).map_err(failed)?;
+    let packed = zstd::encode_all(image.as_slice(), KERNEL_LEVEL).map_err(failed)?;
+    fs::write(out.join(KERNEL), packed).map_err(failed)?;
     let base = NewSnapshot {
         kind: Kind::Template,
         names: vec![BASE.to_owned()],
         metadata: "{}".to_owned(),
         ..NewSnapshot::default()
     };
-    vm.capture(&store, base, Box::new(|| ()))
+    vm.capture(&store, base, Content::Full, Box::new(|| ()))
 }
 
 /// Resolves when the agent answers.
-async fn answering(agent: &Agent) {
+pub(super) async fn answering(agent: &Agent) {
     while agent.info().await.is_err() {
         tokio::time::sleep(RETRY).await;
     }

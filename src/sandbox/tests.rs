@@ -3,20 +3,23 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use amber_layers::{NewSnapshot, SnapshotId, SnapshotMeta, Store};
 use amber_proto::Decoder;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
 
+use super::create::Introduction;
 use super::instance::Identity;
 use super::vm::{Captured, Facts, Orphan, Vm};
 use super::*;
 use crate::agent::{AsyncStream, Connect, Connecting};
+use crate::machine::Content;
 
 /// What the fake guest does with a connection.
 #[derive(Clone, Copy)]
@@ -35,6 +38,8 @@ struct FakeVm {
     kills: AtomicUsize,
     /// A capture waits until it can take this.
     capture: Mutex<()>,
+    /// The store has no room for a pause.
+    full: AtomicBool,
 }
 
 impl FakeVm {
@@ -44,6 +49,7 @@ impl FakeVm {
             ended: watch::Sender::new(None),
             kills: AtomicUsize::new(0),
             capture: Mutex::default(),
+            full: AtomicBool::new(false),
         })
     }
 
@@ -95,10 +101,28 @@ impl Vm for FakeVm {
         &self,
         _store: &Arc<Store>,
         _snapshot: NewSnapshot,
+        _content: Content,
         _captured: Captured,
     ) -> Result<SnapshotMeta, Error> {
         let _allowed = self.capture.lock().unwrap();
         Err(Error::StoreFull("no space".into()))
+    }
+
+    fn suspend(
+        &self,
+        store: &Arc<Store>,
+        snapshot: NewSnapshot,
+        _content: Content,
+    ) -> Result<SnapshotMeta, Error> {
+        let _allowed = self.capture.lock().unwrap();
+        if self.full.load(Ordering::SeqCst) {
+            return Err(Error::StoreFull("no space".into()));
+        }
+        Ok(store.writer().publish(snapshot)?)
+    }
+
+    fn cpu_time(&self) -> Duration {
+        Duration::ZERO
     }
 }
 
@@ -120,21 +144,32 @@ async fn serve(mut stream: DuplexStream, guest: Guest) {
 }
 
 /// A registered sandbox over a fake machine, in a store of its own.
-fn sandbox(vm: &Arc<FakeVm>, home: &std::path::Path, life: Duration) -> Arc<Sandbox> {
-    let identity = Identity {
-        id: id::sandbox_id().unwrap(),
-        store: Arc::new(Store::open(home).unwrap()),
-        home: home.to_owned(),
-        template: SnapshotId::parse("origin").unwrap(),
+fn sandbox(vm: &Arc<FakeVm>, home: &Path, life: Duration) -> Arc<Sandbox> {
+    sandbox_with(vm, home, life, Lifecycle::default())
+}
+
+fn sandbox_with(vm: &Arc<FakeVm>, home: &Path, life: Duration, lifecycle: Lifecycle) -> Arc<Sandbox> {
+    let profile = Profile {
+        template: "origin".into(),
         template_name: Some("base".into()),
         metadata: BTreeMap::from([("key".into(), "value".into())]),
-        access_token: String::new(),
-        life,
+        lifecycle,
+        started_us: profile::micros(SystemTime::now()),
+        ..Profile::default()
     };
-    let sandbox = Sandbox::new(identity, Arc::clone(vm) as Arc<dyn Vm>);
-    registry().insert(&sandbox);
-    sandbox.watch();
-    sandbox
+    let identity = Identity {
+        id: id::sandbox_id().unwrap(),
+        store: stores::open(home).unwrap(),
+        places: places(home),
+        profile,
+        life,
+        claim: None,
+    };
+    Sandbox::launch(identity, Arc::clone(vm) as Arc<dyn Vm>)
+}
+
+fn places(home: &Path) -> Places {
+    Places { home: home.to_owned(), guest: Vec::new() }
 }
 
 /// Runs a test on the runtime that everything here runs on.
@@ -188,7 +223,7 @@ fn a_crash_during_identification_is_told_as_such() {
     on_runtime(async {
         // Connections break before the news of the end arrives.
         let vm = FakeVm::new(Guest::Hangs);
-        let identify = create::identify(&*vm, "i0", BTreeMap::new());
+        let identify = create::introduce(&*vm, Introduction::Resumed { id: "i0" });
         let crash = async {
             tokio::time::sleep(Duration::from_millis(50)).await;
             vm.crash();
@@ -246,12 +281,12 @@ fn snapshots_take_turns_and_a_kill_waits_for_the_one_in_progress() {
             let _held = vm.capture.lock().unwrap();
             snapshot = tokio::spawn({
                 let sandbox = Arc::clone(&sandbox);
-                async move { create_snapshot(&sandbox, None).await }
+                async move { create_snapshot(&sandbox, None, Content::Full).await }
             });
             while sandbox.exclusive.try_lock().is_ok() {
                 std::thread::yield_now();
             }
-            let mut waiting = std::pin::pin!(create_snapshot(&sandbox, None));
+            let mut waiting = std::pin::pin!(create_snapshot(&sandbox, None, Content::Full));
             assert!(futures_now(waiting.as_mut()).is_none());
             kill = tokio::spawn({
                 let sandbox = Arc::clone(&sandbox);
@@ -265,7 +300,7 @@ fn snapshots_take_turns_and_a_kill_waits_for_the_one_in_progress() {
         }
         assert!(matches!(snapshot.await.unwrap(), Err(Error::StoreFull(_))));
         assert!(kill.await.unwrap().unwrap());
-        assert!(matches!(create_snapshot(&sandbox, None).await, Err(Error::SandboxKilled(_))));
+        assert!(matches!(create_snapshot(&sandbox, None, Content::Full).await, Err(Error::SandboxKilled(_))));
     });
 }
 
@@ -291,30 +326,95 @@ fn listing_filters_and_pages() {
         }
         let query =
             ListQuery { home: home.path().to_owned(), running: true, limit: 2, ..ListQuery::default() };
-        let names =
-            |page: &Page<Arc<Sandbox>>| page.items.iter().map(|s| s.id().to_owned()).collect::<Vec<_>>();
-        let first = registry().list(&query).unwrap();
+        let names = |page: &Page<SandboxInfo>| page.items.iter().map(|s| s.id.clone()).collect::<Vec<_>>();
+        let first = list(query.clone()).await.unwrap();
         assert_eq!(names(&first), [ids[2].clone(), ids[1].clone()]);
-        let second = registry().list(&ListQuery { next_token: first.next_token, ..query.clone() }).unwrap();
+        let second = list(ListQuery { next_token: first.next_token, ..query.clone() }).await.unwrap();
         assert_eq!(names(&second), [ids[0].clone()]);
         assert_eq!(second.next_token, None);
-        let oldest = registry().list(&ListQuery { ascending: true, limit: 1, ..query.clone() }).unwrap();
+        let oldest = list(ListQuery { ascending: true, limit: 1, ..query.clone() }).await.unwrap();
         assert_eq!(names(&oldest), [ids[0].clone()]);
-        let count = |query: ListQuery| registry().list(&query).unwrap().items.len();
+        let count = async |query: ListQuery| list(query).await.unwrap().items.len();
         let with = |key: &str, value: &str| BTreeMap::from([(key.to_owned(), value.to_owned())]);
-        assert_eq!(count(ListQuery { metadata: with("key", "value"), limit: 9, ..query.clone() }), 3);
-        assert_eq!(count(ListQuery { metadata: with("key", "other"), ..query.clone() }), 0);
-        assert_eq!(count(ListQuery { template: Some("base:default".into()), limit: 9, ..query.clone() }), 3);
-        assert_eq!(count(ListQuery { template: Some("other".into()), ..query.clone() }), 0);
-        assert_eq!(count(ListQuery { running: false, ..query.clone() }), 0);
-        assert_eq!(count(ListQuery { home: "/elsewhere".into(), ..query }), 0);
-        assert_eq!(
-            registry().users_of(&home.path().to_owned(), &SnapshotId::parse("origin").unwrap()).len(),
-            3
-        );
+        assert_eq!(count(ListQuery { metadata: with("key", "value"), limit: 9, ..query.clone() }).await, 3);
+        assert_eq!(count(ListQuery { metadata: with("key", "other"), ..query.clone() }).await, 0);
+        let template = |name: &str| Some(name.to_owned());
+        let by_name = ListQuery { template: template("base:default"), limit: 9, ..query.clone() };
+        assert_eq!(count(by_name).await, 3);
+        assert_eq!(count(ListQuery { template: template("other"), ..query.clone() }).await, 0);
+        assert_eq!(count(ListQuery { running: false, ..query.clone() }).await, 0);
+        assert_eq!(count(ListQuery { home: "/elsewhere".into(), ..query.clone() }).await, 0);
+        assert_eq!(registry().users_of(home.path(), &SnapshotId::parse("origin").unwrap()).len(), 3);
+
+        // A paused one keeps its place.
+        assert!(pause(ids[1].clone(), places(home.path()), true).await.unwrap());
+        let both = ListQuery { paused: true, limit: 9, ..query.clone() };
+        let all = list(both.clone()).await.unwrap();
+        assert_eq!(names(&all), [ids[2].clone(), ids[1].clone(), ids[0].clone()]);
+        assert_eq!(all.items[1].state, State::Paused);
+        let paused = ListQuery { running: false, ..both.clone() };
+        assert_eq!(names(&list(paused.clone()).await.unwrap()), [ids[1].clone()]);
+        let other = ListQuery { metadata: with("key", "other"), ..paused };
+        assert_eq!(count(other).await, 0);
         for id in ids {
-            assert!(registry().find(&id).unwrap().kill().await.unwrap());
+            assert!(kill(id.clone(), places(home.path())).await.unwrap());
         }
+        assert_eq!(count(both).await, 0);
+    });
+}
+
+#[test]
+fn a_pause_fails_pending_calls_and_keeps_what_was_created() {
+    let home = tempfile::tempdir().unwrap();
+    on_runtime(async {
+        let vm = FakeVm::new(Guest::Answers);
+        let lifecycle = Lifecycle { on_timeout: OnTimeout::Pause { keep_memory: true }, auto_resume: false };
+        let sandbox = sandbox_with(&vm, home.path(), HOUR, lifecycle);
+        let (id, at) = (sandbox.id().to_owned(), places(home.path()));
+        assert!(pause(id.clone(), at.clone(), true).await.unwrap());
+        assert!(vm.kills.load(Ordering::SeqCst) > 0);
+        assert!(!pause(id.clone(), at.clone(), true).await.unwrap());
+        assert!(matches!(sandbox.processes().await, Err(Error::SandboxPaused)));
+        assert!(matches!(awake(&id).await, Err(Error::SandboxPaused)));
+        assert!(matches!(registry().find_live(&id), Err(Error::SandboxNotFound(_))));
+        let info = get_info(id.clone(), at.clone()).await.unwrap();
+        assert_eq!((info.state, info.profile), (State::Paused, sandbox.profile()));
+        assert!(matches!(fork(&id, at.clone(), 1, HOUR).await, Err(Error::Conflict(_))));
+        assert!(matches!(fork(&id, at.clone(), 0, HOUR).await, Err(Error::InvalidArgument(_))));
+        assert!(matches!(delete_snapshot(home.path().to_owned(), id.clone()).await, Ok(false)));
+        // Its machine has no state here, so it cannot go on; it stays paused.
+        assert!(connect(id.clone(), at.clone(), HOUR, OnResume::Restore).await.is_err());
+        assert_eq!(get_info(id.clone(), at.clone()).await.unwrap().state, State::Paused);
+        assert!(kill(id.clone(), at.clone()).await.unwrap());
+        assert!(!kill(id.clone(), at.clone()).await.unwrap());
+        assert!(matches!(pause(id.clone(), at.clone(), true).await, Err(Error::SandboxNotFound(_))));
+        assert!(matches!(registry().find(&id), Err(Error::SandboxKilled(_))));
+        let gone = connect(id, at, HOUR, OnResume::Restore).await;
+        assert!(matches!(gone, Err(Error::SandboxNotFound(_))));
+    });
+}
+
+#[test]
+fn a_sandbox_that_cannot_be_paused_at_its_end_lives_on() {
+    let home = tempfile::tempdir().unwrap();
+    on_runtime(async {
+        let vm = FakeVm::new(Guest::Answers);
+        vm.full.store(true, Ordering::SeqCst);
+        let lifecycle = Lifecycle { on_timeout: OnTimeout::Pause { keep_memory: true }, auto_resume: false };
+        let sandbox = sandbox_with(&vm, home.path(), HOUR, lifecycle);
+        sandbox.set_timeout(Duration::from_millis(10));
+        let soon = sandbox.end_at() + Duration::from_secs(30);
+        while sandbox.end_at() < soon {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(sandbox.ended(), None);
+        vm.full.store(false, Ordering::SeqCst);
+        sandbox.set_timeout(Duration::from_millis(10));
+        while sandbox.ended().is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(sandbox.ended(), Some(Ended::Paused));
+        assert!(kill(sandbox.id().to_owned(), places(home.path())).await.unwrap());
     });
 }
 

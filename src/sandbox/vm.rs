@@ -3,11 +3,13 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use amber_layers::{NewSnapshot, SnapshotMeta, Store};
 
 use super::{Ended, Error};
 use crate::agent::Connect;
+use crate::machine::Content;
 
 /// What a machine says about itself.
 #[derive(Debug, Clone)]
@@ -43,8 +45,18 @@ pub(crate) trait Vm: Send + Sync + 'static {
         &self,
         store: &Arc<Store>,
         snapshot: NewSnapshot,
+        content: Content,
         captured: Captured,
     ) -> Result<SnapshotMeta, Error>;
+    /// Stops the guest and publishes a snapshot of it; it goes on running only if that fails. Blocks.
+    fn suspend(
+        &self,
+        store: &Arc<Store>,
+        snapshot: NewSnapshot,
+        content: Content,
+    ) -> Result<SnapshotMeta, Error>;
+    /// Processor time of the host that its virtual CPU has used.
+    fn cpu_time(&self) -> Duration;
 }
 
 /// A machine that nobody owns yet: dropped, it is stopped.

@@ -16,6 +16,7 @@
 
 mod adopt;
 mod capture;
+mod claim;
 mod codec;
 mod collect;
 mod error;
@@ -35,6 +36,7 @@ mod transfer;
 mod writer;
 
 pub use capture::{CaptureStats, PageSource};
+pub use claim::Claim;
 pub use collect::{Collected, Problem, Usage, Verified};
 pub use error::{FormatError, ImageError, Part, StoreError};
 pub use format::{FORMAT_VERSION, FRAME_PAGES, PAGE_SIZE, Page};

@@ -21,6 +21,8 @@ pub enum Kind {
     /// Taken from a running sandbox.
     #[default]
     Snapshot,
+    /// A sandbox that is paused, or in the middle of being copied: state of that one sandbox, which no user names.
+    Sandbox,
 }
 
 /// The snapshot that another one was made from.
@@ -37,6 +39,8 @@ pub struct Parent {
 pub struct NewSnapshot {
     /// Template or snapshot.
     pub kind: Kind,
+    /// The id to have, unless one of the names has another one; `None` is a new one. An earlier snapshot with it is replaced.
+    pub id: Option<SnapshotId>,
     /// Names (without tag). When one of them exists, its snapshot gets a new build under the same id.
     pub names: Vec<String>,
     /// The tag; `None` is `default`.

@@ -36,7 +36,7 @@ pub(crate) struct Publication {
     pub(crate) inherited: Vec<Arc<Layer>>,
     pub(crate) manifest: Vec<u8>,
     pub(crate) names: Vec<String>,
-    /// The id to use when no name decides and it is free, or has the same content.
+    /// The id to use when no name decides.
     pub(crate) wanted_id: Option<SnapshotId>,
     pub(crate) tag: String,
 }

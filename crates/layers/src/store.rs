@@ -296,7 +296,8 @@ impl Store {
         }
     }
 
-    fn meta(&self, id: &SnapshotId, tag: &str) -> Result<Option<SnapshotMeta>, StoreError> {
+    /// What a snapshot says about itself; `None` when there is no such one.
+    pub fn meta(&self, id: &SnapshotId, tag: &str) -> Result<Option<SnapshotMeta>, StoreError> {
         self.manifest(id, tag)?.map(|m| read_meta(&m, id, tag)).transpose()
     }
 

@@ -305,7 +305,7 @@ impl SnapshotWriter {
             inherited: layers.inherited,
             manifest,
             names: new.names,
-            wanted_id: None,
+            wanted_id: new.id,
             tag: tag.clone(),
         };
         let id = self.store.publish(publication)?;

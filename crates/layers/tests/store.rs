@@ -631,3 +631,48 @@ fn memory_that_equals_the_disk_is_stored_once() {
     }
     assert_clean(&store);
 }
+
+#[test]
+fn a_claimed_snapshot_is_one_owners_and_goes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let id = SnapshotId::parse("sandbox1").unwrap();
+    let memory = Pages::of((0..40).map(|p| (p, noise(p))));
+    let publish = || {
+        let mut writer = store.writer();
+        writer.memory(None, 64, memory.numbers(), &memory).unwrap();
+        let new = NewSnapshot { kind: Kind::Sandbox, id: Some(id.clone()), ..NewSnapshot::default() };
+        assert_eq!(writer.publish(new).unwrap().id, id);
+    };
+    publish();
+    let layers = || files(dir.path()).iter().filter(|f| f.ends_with(".layer")).count();
+    let open = store.open_snapshot(&id).unwrap();
+    let claim = store.claim(&id).unwrap().unwrap();
+    assert!(store.claim(&id).unwrap().is_none() && store.meta(&id, "default").unwrap().is_none());
+    // What was opened before can still be read.
+    let mut page = [0; PAGE_SIZE];
+    open.memory().read_page(7, &mut page).unwrap();
+    assert_eq!(page, *noise(7));
+
+    claim.put_back().unwrap();
+    assert_eq!(store.meta(&id, "default").unwrap().unwrap().kind, Kind::Sandbox);
+    assert!(!store.delete(&SnapshotId::parse("other").unwrap()).unwrap());
+
+    let claim = store.claim(&id).unwrap().unwrap();
+    store.gc().unwrap();
+    // Its bytes are not on the disk's books any more, and can still be read.
+    open.memory().read_page(9, &mut page).unwrap();
+    assert_eq!(page, *noise(9));
+    drop(open);
+    drop(claim);
+    assert_eq!(layers(), 0);
+    assert!(fs::read_dir(dir.path().join("tmp")).unwrap().next().is_none());
+
+    // A new one under the same id meanwhile is not overwritten.
+    publish();
+    let claim = store.claim(&id).unwrap().unwrap();
+    publish();
+    assert!(claim.put_back().is_err());
+    assert_eq!(layers(), 1);
+    assert!(store.verify().unwrap().problems.is_empty());
+}

@@ -70,7 +70,10 @@ pub(crate) fn identify(state: &State, request: Identify) -> Identified {
         if let Some(now) = request.wall_clock_ns {
             check("Clock", rustix::time::clock_settime(ClockId::Realtime, timespec(now)).map_err(Into::into));
         }
-        check(BOOT_ID, renew_boot_id(Path::new(BOOT_ID), Path::new(OWN_BOOT_ID)));
+        // One that goes on under its old id after a pause has not booted, and is not a copy.
+        if settings.sandbox_id.as_ref() != Some(&request.sandbox_id) {
+            check(BOOT_ID, renew_boot_id(Path::new(BOOT_ID), Path::new(OWN_BOOT_ID)));
+        }
     }
     if let Some(name) = request.hostname.as_deref().filter(|name| !name.is_empty()) {
         if settings.system {
