@@ -592,6 +592,24 @@ export declare class Sandbox implements AsyncDisposable {
   kill(opts?: RequestOpts): Promise<boolean>
   /** What is known about the sandbox. */
   getInfo(opts?: RequestOpts): Promise<SandboxInfo>
+  /**
+   * The address on this host, such as `127.0.0.1:40123`, at which a server on `port` in the sandbox can be reached: any
+   * protocol over TCP, and servers bound to the sandbox's loopback as well as to all its addresses. It stays the same
+   * over a pause, and is closed when the sandbox ends. A port on which nobody listens resets connections.
+   *
+   * @param opts `bind`: IP address of the interface of this host at which to listen. Default `127.0.0.1`: only programs on
+   * this host reach it. With `0.0.0.0` everybody who reaches this host does.
+   * @throws {@link SandboxNotFoundError} if the sandbox has ended
+   */
+  getHost(port: number, opts?: { bind?: string }): string
+  /** Not available yet: there is no HTTP server for files. Rejects with a {@link SandboxError}. */
+  uploadUrl(path?: string, opts?: { user?: string; useSignatureExpiration?: number }): Promise<string>
+  /** Not available yet: there is no HTTP server for files. Rejects with a {@link SandboxError}. */
+  downloadUrl(path: string, opts?: { user?: string; useSignatureExpiration?: number }): Promise<string>
+  /** The MCP gateway belongs to E2B's cloud: throws a {@link SandboxError}. */
+  getMcpUrl(): string
+  /** The MCP gateway belongs to E2B's cloud: rejects with a {@link SandboxError}. */
+  getMcpToken(): Promise<string | undefined>
   /** Like {@link Sandbox.getMetrics}, for this sandbox. */
   getMetrics(opts?: SandboxMetricsOpts): Promise<SandboxMetrics[]>
   /** Like {@link Sandbox.pause}, for this sandbox. */

@@ -16,6 +16,8 @@ const DEFAULT_SANDBOX_TIMEOUT_MS = 300_000
 const NO_TIMEOUT = 0
 const PAGE_LIMIT = 100
 
+const NO_MCP = 'the MCP gateway is not part of a local sandbox'
+
 /** Where the forwarded ports of sandboxes are. */
 const SANDBOX_DOMAIN = '127.0.0.1'
 
@@ -345,6 +347,35 @@ class Sandbox extends ClientFactory {
 
   async getMetrics(opts) {
     return Sandbox.getMetrics(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  getHost(port, { bind = SANDBOX_DOMAIN } = {}) {
+    if (!Number.isInteger(port) || port < 1 || port > 65_535) {
+      throw new InvalidArgumentError('port must be a whole number from 1 to 65535')
+    }
+    checkString(bind, 'bind')
+    try {
+      return native.forwardPort(this.sandboxId, port, bind)
+    } catch (error) {
+      throw fromNative(error)
+    }
+  }
+
+  async uploadUrl() {
+    throw options.noFileServer('uploadUrl', 'files.write')
+  }
+
+  async downloadUrl(path) {
+    checkString(path, 'path')
+    throw options.noFileServer('downloadUrl', 'files.read')
+  }
+
+  getMcpUrl() {
+    throw options.unavailable('getMcpUrl', NO_MCP)
+  }
+
+  async getMcpToken() {
+    throw options.unavailable('getMcpToken', NO_MCP)
   }
 
   async pause(opts) {

@@ -11,7 +11,8 @@ use napi_derive::napi;
 use super::call::{Call, duration};
 use super::to_js;
 use crate::sandbox::{
-    self, CreateRequest, Lifecycle, ListQuery, OnResume, OnTimeout, Places, SandboxInfo, State, registry,
+    self, CreateRequest, Error, Lifecycle, ListQuery, OnResume, OnTimeout, Places, SandboxInfo, State,
+    registry,
 };
 
 /// Version of E2B's guest daemon whose behaviour the agent follows; clients switch features by it.
@@ -238,6 +239,14 @@ pub fn fork_sandbox(
         };
         Ok(made.into_iter().map(copy).collect())
     })
+}
+
+/// The address on the host, at the interface `bind`, that leads to a port of a sandbox.
+#[napi]
+pub fn forward_port(id: String, port: u16, bind: String) -> napi::Result<String> {
+    let bind = bind.parse().map_err(|_| Error::InvalidArgument(format!("'{bind}' is not an IP address")));
+    let forwarded = bind.and_then(|bind| sandbox::forward(&id, port, bind));
+    Ok(forwarded.map_err(|error| to_js(&error))?.to_string())
 }
 
 /// What is known about a sandbox.

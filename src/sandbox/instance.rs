@@ -222,6 +222,11 @@ impl Sandbox {
         self.ended.borrow().clone()
     }
 
+    /// Resolves when it is not there any more.
+    pub(super) async fn end(&self) -> Ended {
+        wait_end(&mut self.ended.subscribe()).await
+    }
+
     /// Sets the end of its life to `life` from now, earlier or later than it was.
     pub fn set_timeout(&self, life: Duration) {
         self.change_profile(|profile| profile.life_ms = millis(life));

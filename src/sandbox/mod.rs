@@ -18,6 +18,7 @@ mod machine;
 mod metrics;
 mod ops;
 mod paused;
+mod ports;
 mod process;
 mod profile;
 mod registry;
@@ -42,6 +43,7 @@ pub use listing::{ListQuery, Page, list};
 pub use metrics::Sample;
 pub use ops::{FileReader, FileWriter};
 pub use paused::{OnResume, awake, connect, get_info, kill, pause};
+pub use ports::forward;
 pub use process::Process;
 pub use profile::{Lifecycle, OnTimeout, Profile, SandboxInfo, State};
 pub use registry::{Registry, registry};
@@ -62,7 +64,7 @@ static RUNTIME: LazyLock<Result<Runtime, String>> = LazyLock::new(|| {
     Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .thread_name("amberbox")
-        .enable_time()
+        .enable_all()
         .build()
         .map_err(|error| error.to_string())
 });

@@ -9,7 +9,7 @@ use std::time::Duration;
 use amber_layers::SnapshotId;
 
 use super::stores::Places;
-use super::{Ended, Error, Sandbox};
+use super::{Ended, Error, Sandbox, ports};
 
 /// How many ended sandboxes are remembered, so that later calls fail with the reason instead of "not found".
 const REMEMBERED: usize = 4096;
@@ -70,7 +70,11 @@ impl Registry {
             Some(asleep) => {
                 inner.asleep.insert(id.to_owned(), asleep);
             }
-            None => inner.remember(id, reason),
+            None => {
+                inner.remember(id, reason);
+                drop(inner);
+                ports::close(id);
+            }
         }
     }
 
@@ -84,6 +88,8 @@ impl Registry {
         let mut inner = self.inner();
         if inner.asleep.remove(id).is_some() {
             inner.remember(id, Ended::Killed);
+            drop(inner);
+            ports::close(id);
         }
     }
 
