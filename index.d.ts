@@ -196,6 +196,13 @@ export interface SandboxForkOpts extends ConnectionOpts {
   timeoutMs?: number
 }
 
+/** What {@link Sandbox.clone} gives. */
+export interface SandboxClones<S> {
+  sandboxes: S[]
+  /** How many there are. */
+  count: number
+}
+
 /** Options of {@link Sandbox.getMetrics}. */
 export interface SandboxMetricsOpts extends ConnectionOpts {
   /** Only samples from then on, to the second. */
@@ -536,6 +543,23 @@ export declare class Sandbox implements AsyncDisposable {
     opts?: SandboxForkOpts,
   ): Promise<Array<InstanceType<S> | Error>>
 
+  /** Novita's name for {@link Sandbox.fork}: gives the sandboxes only; with `strict` all of them, or the error. */
+  static clone<S extends typeof Sandbox>(
+    this: S,
+    sandboxId: string,
+    opts?: SandboxForkOpts & { strict?: boolean },
+  ): Promise<SandboxClones<InstanceType<S>>>
+  /** Novita's name for {@link Sandbox.updateNetwork}. */
+  static setNetwork(sandboxId: string, network: SandboxNetworkUpdate, opts?: ConnectionOpts): Promise<void>
+  /** @deprecated use {@link Sandbox.create} */
+  static betaCreate<S extends typeof Sandbox>(this: S, opts?: SandboxOpts): Promise<InstanceType<S>>
+  /** @deprecated use {@link Sandbox.create} */
+  static betaCreate<S extends typeof Sandbox>(
+    this: S,
+    template: string,
+    opts?: SandboxOpts,
+  ): Promise<InstanceType<S>>
+
   /** Replaces the rules for the connections that a sandbox makes; what is left out is cleared. */
   static updateNetwork(sandboxId: string, network: SandboxNetworkUpdate, opts?: ConnectionOpts): Promise<void>
 
@@ -618,6 +642,10 @@ export declare class Sandbox implements AsyncDisposable {
   betaPause(opts?: SandboxPauseOpts): Promise<boolean>
   /** Like {@link Sandbox.fork}, for this sandbox. */
   fork(opts?: SandboxForkOpts): Promise<Array<this | Error>>
+  /** Like {@link Sandbox.clone}, for this sandbox. */
+  clone(opts?: SandboxForkOpts & { strict?: boolean }): Promise<SandboxClones<this>>
+  /** Like {@link Sandbox.setNetwork}, for this sandbox. */
+  setNetwork(network: SandboxNetworkUpdate, opts?: RequestOpts): Promise<void>
   /** Like {@link Sandbox.updateNetwork}, for this sandbox. */
   updateNetwork(network: SandboxNetworkUpdate, opts?: RequestOpts): Promise<void>
   /** Freezes the sandbox into a snapshot; it goes on running. */

@@ -294,6 +294,10 @@ test('fork: copies of a running sandbox, each its own, in the calling class', as
   const [grandchild] = await Mine.fork(copies[1].sandboxId)
   expect(await grandchild.files.read('/home/user/state.txt')).toBe('before')
   expect(await Sandbox.listSnapshots().nextItems()).toEqual([])
+  const { sandboxes, count } = await grandchild.clone({ count: 2, strict: true })
+  expect([sandboxes.length, count]).toEqual([2, 2])
+  expect(sandboxes[0]).toBeInstanceOf(Mine)
+  await Promise.all(sandboxes.map((copy) => copy.kill()))
   await Promise.all([...copies, grandchild].map((copy) => copy.kill()))
   expect(readdirSync(path.join(store.home, 'tmp'))).toEqual([])
 

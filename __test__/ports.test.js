@@ -28,6 +28,15 @@ async function dial(host) {
   return socket
 }
 
+/** Resolves when a connection is over: with the error code if it was cut. */
+function over(socket) {
+  return new Promise((done) => {
+    let code
+    socket.on('error', (error) => (code = error.code))
+    socket.on('close', () => done(code))
+  })
+}
+
 /** Everything until the end. */
 async function drain(socket) {
   const pieces = []
@@ -74,22 +83,28 @@ test('HTTP, on every kind of address that a server may be bound to', async () =>
   expect(sandbox.getHost(8000, { bind: '127.0.0.2' })).toMatch(/^127\.0\.0\.2:\d+$/)
   expect(sandbox.getHost(8000, { bind: '::1' })).toMatch(/^\[::1\]:\d+$/)
   expect((await fetch(`http://${sandbox.getHost(8000, { bind: '::1' })}/`)).status).toBe(200)
-  for (const port of [0, -1, 65_536, 1.5, '80']) expect(() => sandbox.getHost(port)).toThrow(InvalidArgumentError)
+  for (const port of [0, -1, 65_536, 1.5, '80'])
+    expect(() => sandbox.getHost(port)).toThrow(InvalidArgumentError)
   expect(() => sandbox.getHost(80, { bind: 'localhost' })).toThrow(InvalidArgumentError)
 
   // Many requests over one connection, and many connections.
   const agent = new http.Agent({ keepAlive: true, maxSockets: 1 })
   const get = () =>
     new Promise((done, fail) => {
-      const request = http.get({ ...address(sandbox.getHost(8000)), agent, path: '/index.html' }, (response) => {
-        response.resume().on('end', () => done(response.statusCode))
-      })
+      const request = http.get(
+        { ...address(sandbox.getHost(8000)), agent, path: '/index.html' },
+        (response) => {
+          response.resume().on('end', () => done(response.statusCode))
+        },
+      )
       request.on('error', fail)
     })
   for (let i = 0; i < 5; i++) expect(await get()).toBe(200)
   agent.destroy()
   const many = await Promise.all(
-    Array.from({ length: 20 }, async () => (await fetch(`http://${sandbox.getHost(8001)}/index.html`)).text()),
+    Array.from({ length: 20 }, async () =>
+      (await fetch(`http://${sandbox.getHost(8001)}/index.html`)).text(),
+    ),
   )
   expect(new Set(many)).toEqual(new Set(['hello from inside']))
   await sandbox.kill()
@@ -149,18 +164,27 @@ while True:
   )
   await serve(sandbox, 'exec python3 ws.py')
   const host = sandbox.getHost(9000)
-  await until(async () => (await sandbox.commands.run("grep -c ':2328 ' /proc/net/tcp || true")).stdout !== '0\n')
+  await until(
+    async () => (await sandbox.commands.run("grep -c ':2328 ' /proc/net/tcp || true")).stdout !== '0\n',
+  )
   const key = randomBytes(16).toString('base64')
   const request = http.get({
     ...address(host),
-    headers: { Connection: 'Upgrade', Upgrade: 'websocket', 'Sec-WebSocket-Key': key, 'Sec-WebSocket-Version': 13 },
+    headers: {
+      Connection: 'Upgrade',
+      Upgrade: 'websocket',
+      'Sec-WebSocket-Key': key,
+      'Sec-WebSocket-Version': 13,
+    },
   })
   const [response, socket] = await once(request, 'upgrade')
   const accept = createHash('sha1').update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest('base64')
   expect(response.headers['sec-websocket-accept']).toBe(accept)
   const mask = randomBytes(4)
   const text = Buffer.from('over the wire')
-  socket.write(Buffer.concat([Buffer.from([0x81, 0x80 | text.length]), mask, text.map((b, i) => b ^ mask[i % 4])]))
+  socket.write(
+    Buffer.concat([Buffer.from([0x81, 0x80 | text.length]), mask, text.map((b, i) => b ^ mask[i % 4])]),
+  )
   const [frame] = await once(socket, 'data')
   expect(frame.subarray(2).toString()).toBe('OVER THE WIRE')
   socket.destroy()
@@ -174,17 +198,16 @@ test('a closed port resets, and listeners end with their sandbox', async () => {
   expect(refused.cause.code).toMatch(/^(ECONNRESET|UND_ERR_SOCKET)$/)
   await serve(sandbox, ECHO)
   const echo = sandbox.getHost(7000)
-  await until(async () => (await sandbox.commands.run("grep -c ':1B58 ' /proc/net/tcp || true")).stdout !== '0\n')
+  await until(
+    async () => (await sandbox.commands.run("grep -c ':1B58 ' /proc/net/tcp || true")).stdout !== '0\n',
+  )
   const socket = await dial(echo)
   socket.write('x')
   await once(socket, 'data')
-  const cut = once(socket, 'close')
-  let failed
-  socket.on('error', (error) => (failed = error.code))
+  const cut = over(socket)
   await sandbox.kill()
-  await cut
-  expect(failed).toBe('ECONNRESET')
-  await until(async () => (await failure(dial(echo).then(() => 'open')).catch(() => undefined))?.code === 'ECONNREFUSED')
+  expect(await cut).toBe('ECONNRESET')
+  await until(async () => (await over(net.connect(address(echo)).resume())) === 'ECONNREFUSED')
   expect(() => sandbox.getHost(7000)).toThrow(SandboxNotFoundError)
   expect(() => sandbox.getHost(7001)).toThrow(SandboxNotFoundError)
 })
@@ -209,10 +232,9 @@ test('a snapshot leaves connections alone; a pause cuts them and keeps the addre
   expect((await fetch(`http://${copy.getHost(8000)}/`)).status).toBe(200)
   await copy.kill()
 
-  const cut = once(socket, 'close')
-  socket.on('error', () => {})
+  const cut = over(socket)
   await sandbox.pause()
-  await cut
+  expect(await cut).toBe('ECONNRESET')
   expect(sandbox.getHost(8000)).toBe(web)
   expect(await sandbox.isRunning()).toBe(false)
   // The request resumes it.

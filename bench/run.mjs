@@ -4,11 +4,13 @@
 //   cpu        the software CPU against QEMU TCG: same kernel, same root file system (tier dev), same work, in turn
 //   api        what commands, files and output cost on a live sandbox
 //   snapshots  create, first output, createSnapshot, sizes, memory and CPU of idle copies, through the public API
+//   life       pause, resume, fork, and requests to servers in a sandbox
 //
-// node bench/run.mjs [cpu|snapshots|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
+// node bench/run.mjs [cpu|snapshots|life|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
 
 import { spawn } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
+import http from 'node:http'
 import { cpus, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
@@ -183,14 +185,98 @@ async function snapshotBench() {
   }
 }
 
+/** Answers each request of a keep-alive connection with a few bytes; the client times such requests in the guest itself. */
+const SERVER = `
+import socket
+s = socket.create_server(('127.0.0.1', 8000))
+while True:
+    c, _ = s.accept()
+    c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while c.recv(65536): c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok')
+`
+const CLIENT = `
+import http.client, time
+c = http.client.HTTPConnection('127.0.0.1', 8000)
+times = []
+for i in range(300):
+    began = time.perf_counter()
+    c.request('GET', '/'); c.getresponse().read()
+    times.append((time.perf_counter() - began) * 1000)
+print(sorted(times)[150])
+`
+
+/** Pause, resume, fork, and ports. */
+async function lifeBench() {
+  heading('\n== Pause, fork and ports (512 MiB guest, public API)')
+  const home = mkdtempSync(join(tmpdir(), 'amberbox-bench-'))
+  process.env.AMBERBOX_HOME = home
+  const { Sandbox } = await import('../index.mjs')
+  const show = (name, value) => heading(`${name.padEnd(58)} ${value}`)
+  const distribution = (values) => `p50 ${ms(median(values))}, p95 ${ms(quantile(values, 0.95))} (n=${values.length})`
+  const timed = async (body) => {
+    const began = performance.now()
+    await body()
+    return performance.now() - began
+  }
+  try {
+    const sandbox = await Sandbox.create({ timeoutMs: 3_600_000 })
+    const rounds = { 'pause()': [], 'connect() to a paused sandbox': [], '  to the first byte of echo': [] }
+    for (let i = 0; i < 20; i++) {
+      await sandbox.commands.run(`echo ${i} > /tmp/round`)
+      rounds['pause()'].push(await timed(() => sandbox.pause()))
+      const began = performance.now()
+      rounds['connect() to a paused sandbox'].push(await timed(() => sandbox.connect()))
+      let heard
+      await sandbox.commands.run('echo hi', { onStdout: () => (heard ??= performance.now() - began) })
+      rounds['  to the first byte of echo'].push(heard)
+    }
+    const disk = { "pause({ mode: 'filesystem' })": [], 'connect() that boots': [] }
+    for (let i = 0; i < 5; i++) {
+      disk["pause({ mode: 'filesystem' })"].push(await timed(() => sandbox.pause({ mode: 'filesystem' })))
+      disk['connect() that boots'].push(await timed(() => sandbox.connect()))
+    }
+    for (const [name, values] of Object.entries({ ...rounds, ...disk })) show(name, distribution(values))
+    const forks = []
+    for (let i = 0; i < 5; i++) {
+      let copies
+      forks.push(await timed(async () => (copies = await sandbox.fork({ count: 10 }))))
+      await Promise.all(copies.map((copy) => copy.kill()))
+    }
+    show('fork({ count: 10 })', distribution(forks))
+
+    await sandbox.files.write('/tmp/server.py', SERVER)
+    await sandbox.files.write('/tmp/client.py', CLIENT)
+    const server = await sandbox.commands.run('exec python3 /tmp/server.py', { background: true, timeoutMs: 0 })
+    server.wait().catch(() => {})
+    const [, hostname, port] = /^(.*):(\d+)$/.exec(sandbox.getHost(8000))
+    const agent = new http.Agent({ keepAlive: true, maxSockets: 1 })
+    const get = () =>
+      new Promise((done, fail) => {
+        http.get({ hostname, port, agent }, (response) => response.resume().on('end', done)).on('error', fail)
+      })
+    while (await get().then(() => false, () => true)) await sleep(20)
+    const trips = []
+    for (let i = 0; i < 300; i++) trips.push(await timed(get))
+    agent.destroy()
+    // The server serves one connection at a time: the one above has ended.
+    const own = Number((await sandbox.commands.run('python3 /tmp/client.py')).stdout)
+    show('keep-alive HTTP request through getHost', distribution(trips))
+    show("the guest's own keep-alive HTTP request", `p50 ${ms(own)}`)
+    await sandbox.kill()
+  } finally {
+    rmSync(home, { recursive: true, force: true })
+  }
+}
+
 await main(async () => {
   process.chdir(root)
   const { values, positionals } = parseArgs({ allowPositionals: true, options: { rounds: { type: 'string', default: '3' } } })
-  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots', 'api']
+  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots', 'life', 'api']
   await setup()
   heading(`\nHost: ${cpus().length} x ${cpus()[0].model}, Node ${process.version}`)
   if (wanted.includes('cpu')) await cpuBench(Number(values.rounds))
   if (wanted.includes('snapshots')) await snapshotBench()
+  if (wanted.includes('life')) await lifeBench()
   if (wanted.includes('api')) {
     heading('\n== The API on a live sandbox (512 MiB guest)')
     await apiBench((name, value) => heading(`${name.padEnd(58)} ${value}`))

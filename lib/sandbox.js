@@ -278,6 +278,26 @@ class Sandbox extends ClientFactory {
     )
   }
 
+  /** Novita's `fork`: only sandboxes; with `strict`, all of them or an error. */
+  static async clone(sandboxId, opts = {}) {
+    const copies = await this.fork(sandboxId, opts)
+    const sandboxes = copies.filter((copy) => !(copy instanceof Error))
+    const failed = copies.find((copy) => copy instanceof Error)
+    if (failed && (opts.strict || sandboxes.length === 0)) {
+      await Promise.all(sandboxes.map((sandbox) => sandbox.kill()))
+      throw failed
+    }
+    return { sandboxes, count: sandboxes.length }
+  }
+
+  static async betaCreate(templateOrOpts, maybeOpts) {
+    return this.create(templateOrOpts, maybeOpts)
+  }
+
+  static async setNetwork(sandboxId, network, opts) {
+    await this.updateNetwork(sandboxId, network, opts)
+  }
+
   static async updateNetwork(sandboxId, network, updateOpts) {
     const opts = this.resolveOpts(updateOpts)
     checkString(sandboxId, 'sandboxId')
@@ -388,6 +408,14 @@ class Sandbox extends ClientFactory {
 
   async fork(opts) {
     return this.constructor.fork(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async clone(opts) {
+    return this.constructor.clone(this.sandboxId, this.resolveOpts(opts))
+  }
+
+  async setNetwork(network, opts) {
+    await this.updateNetwork(network, opts)
   }
 
   async updateNetwork(network, opts) {
