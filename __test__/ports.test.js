@@ -45,7 +45,8 @@ async function drain(socket) {
 }
 
 /** Waits until a server answers. */
-const answering = (host) => until(async () => (await fetch(`http://${host}/`).catch(() => undefined))?.ok)
+const answering = (host) =>
+  until(async () => (await fetch(`http://${host}/`).catch(() => undefined))?.ok, 120_000)
 
 const python = (script) => `exec python3 -c '${script}'`
 

@@ -414,7 +414,9 @@ fn a_capture_behind_a_guest_that_writes_holds_one_moment() {
         let mut last = 0;
         for round in 0..6 {
             let mut told = false;
-            let captured = machine.capture_then(&rig.store, NewSnapshot::default(), || told = true).unwrap();
+            let captured = machine
+                .capture_then(&rig.store, NewSnapshot::default(), Content::Full, || told = true)
+                .unwrap();
             assert!(told);
             let snapshot = rig.store.open_snapshot(&captured.meta.id).unwrap();
             let mut page: Page = [0; 4096];
@@ -442,7 +444,8 @@ fn a_kill_does_not_disturb_a_capture_in_progress() {
     let rig = Rig::new();
     let machine = rig.run(&WRITE);
     wait("the first pass", || machine.diagnostics().dirty_pages > WRITTEN);
-    let captured = machine.capture_then(&rig.store, NewSnapshot::default(), || machine.kill()).unwrap();
+    let captured =
+        machine.capture_then(&rig.store, NewSnapshot::default(), Content::Full, || machine.kill()).unwrap();
     let snapshot = rig.store.open_snapshot(&captured.meta.id).unwrap();
     let copy = rig.restore(&snapshot).unwrap();
     copy.resume().unwrap();
