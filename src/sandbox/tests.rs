@@ -381,7 +381,7 @@ fn a_pause_fails_pending_calls_and_keeps_what_was_created() {
         assert_eq!((info.state, info.profile), (State::Paused, sandbox.profile()));
         assert!(matches!(fork(&id, at.clone(), 1, HOUR).await, Err(Error::Conflict(_))));
         assert!(matches!(fork(&id, at.clone(), 0, HOUR).await, Err(Error::InvalidArgument(_))));
-        assert!(matches!(delete_snapshot(home.path().to_owned(), id.clone()).await, Ok(false)));
+        assert!(matches!(delete_snapshot(home.path().to_owned(), id.clone(), true).await, Ok(false)));
         // Its machine has no state here, so it cannot go on; it stays paused.
         assert!(connect(id.clone(), at.clone(), HOUR, OnResume::Restore).await.is_err());
         assert_eq!(get_info(id.clone(), at.clone()).await.unwrap().state, State::Paused);
