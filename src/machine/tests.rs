@@ -548,7 +548,7 @@ fn state_that_nobody_wrote_is_refused_or_harmless() {
         blake3::Hasher::new().update(&u64::to_le_bytes(case)).finalize_xof().fill(&mut noise);
         let id = 0x100 + (case % 8) as u16;
         let bad =
-            tampered(&rig, &good, id, &|bytes: &[u8]| Some((1, mutated(bytes, &noise, case / 8 % 3 + 1))));
+            tampered(&rig, &good, id, |bytes: &[u8]| Some((1, mutated(bytes, &noise, case / 8 % 3 + 1))));
         match rig.restore(&bad) {
             Err(MachineError::Snapshot(_) | MachineError::RamSize { .. } | MachineError::Ram(_)) => {
                 refused += 1
