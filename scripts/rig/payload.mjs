@@ -10,6 +10,7 @@ import { diskUsage } from '../template.mjs'
 /** Of the clone, what the Jest suite needs at run time. */
 const PROJECT = [
   '__test__',
+  'cli',
   'amberbox.linux-x64-gnu.node',
   'index.d.ts',
   'index.js',

@@ -7,6 +7,7 @@
 
 pub mod bytes;
 pub mod call;
+pub mod doctor;
 pub mod files;
 pub mod processes;
 pub mod sandboxes;

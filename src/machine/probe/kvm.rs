@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
-use super::{Useless, Verdict};
+use super::{Trace, Useless, Verdict};
 
 /// Rounds of the guest that are measured.
 const ROUNDS: u32 = 20_000;
@@ -16,18 +16,18 @@ fn useless(why: Useless, detail: impl ToString) -> Verdict {
 
 /// Runs the guest. Returns soon after [`LIMIT`] even if KVM is slow; if KVM hangs, it may never return.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn probe(device: &CStr) -> Verdict {
-    try_probe(device).unwrap_or_else(|verdict| verdict)
+pub(super) fn probe(device: &CStr, trace: &Trace) -> Verdict {
+    try_probe(device, trace).unwrap_or_else(|verdict| verdict)
 }
 
 /// There is no x86-64 guest on another host's KVM.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn probe(_: &CStr) -> Verdict {
+pub(super) fn probe(_: &CStr, _: &Trace) -> Verdict {
     useless(Useless::Host, "this host is not x86-64")
 }
 
 #[cfg(target_arch = "x86_64")]
-fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
+fn try_probe(device: &CStr, trace: &Trace) -> Result<Verdict, Verdict> {
     use kvm_bindings::kvm_userspace_memory_region;
     use kvm_ioctls::{Kvm, VcpuExit};
     use rustix::io::Errno;
@@ -58,6 +58,7 @@ fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
     if kvm.get_api_version() != 12 {
         return Err(useless(Useless::NotKvm, format!("{name} is not KVM, or of another version")));
     }
+    trace.done("open the device");
     let refused = |what: &'static str| {
         move |e: kvm_ioctls::Error| useless(Useless::Refused, format!("KVM cannot {what}: {e}"))
     };
@@ -79,6 +80,7 @@ fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
     };
     // SAFETY: the mapping outlives the VM: it was made before it, so it is dropped after it.
     unsafe { vm.set_user_memory_region(region) }.map_err(refused("use memory"))?;
+    trace.done("create a machine");
     let mut vcpu = vm.create_vcpu(0).map_err(refused("create a CPU"))?;
     let cpuid =
         kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(refused("tell CPUID"))?;
@@ -87,6 +89,7 @@ fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
     let (sregs, regs) = registers(vcpu.get_sregs().map_err(refused("read registers"))?);
     vcpu.set_sregs(&sregs).map_err(refused("enter long mode"))?;
     vcpu.set_regs(&regs).map_err(refused("set registers"))?;
+    trace.done("create a CPU");
 
     let started = Instant::now();
     let mut rounds = 0;
@@ -116,6 +119,7 @@ fn try_probe(device: &CStr) -> Result<Verdict, Verdict> {
             return Err(useless(Useless::Slow, detail));
         }
     }
+    trace.done("run a guest");
     Ok(Verdict::Usable { round_ns: (started.elapsed().as_nanos() / u128::from(ROUNDS)) as u64 })
 }
 
@@ -148,7 +152,7 @@ mod tests {
 
     fn why(path: &Path) -> (Useless, String) {
         let path = CString::new(path.to_str().unwrap()).unwrap();
-        match probe(&path) {
+        match probe(&path, &Trace::default()) {
             Verdict::Useless { why, detail } => (why, detail),
             Verdict::Usable { .. } => panic!("{path:?} is no KVM"),
         }

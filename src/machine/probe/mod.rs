@@ -8,11 +8,12 @@
 mod guest;
 mod kvm;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -142,7 +143,7 @@ pub fn verdict(home: Option<&Path>) -> Verdict {
         {
             return verdict;
         }
-        let verdict = probe();
+        let verdict = probe(DEVICE, &Trace::default());
         if let (Some(path), Some(boot)) = (&cache, boot) {
             // A cache only; without it the next process probes again.
             let _ = write_cache(path, boot, &verdict);
@@ -152,14 +153,87 @@ pub fn verdict(home: Option<&Path>) -> Verdict {
     known.clone()
 }
 
+/// The steps that a probe has finished, with the time each took. Shared with the probe's thread, which may hang.
+#[derive(Debug, Clone)]
+struct Trace(Arc<Mutex<(Instant, Vec<Step>)>>);
+
+impl Default for Trace {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new((Instant::now(), Vec::new()))))
+    }
+}
+
+impl Trace {
+    /// A step has come to its end.
+    fn done(&self, name: &'static str) {
+        let mut trace = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let took = trace.0.elapsed();
+        trace.0 += took;
+        trace.1.push(Step { name, took });
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+}
+
+/// A step of the probe that came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// What was done.
+    pub name: &'static str,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A probe made now, with what it did.
+#[derive(Debug, Clone)]
+pub struct Diagnosis {
+    /// What it found.
+    pub verdict: Verdict,
+    /// What a sandbox would use after such a verdict.
+    pub choice: Result<Choice, ChoiceError>,
+    /// The steps that it finished. It ended in the one after them.
+    pub steps: Vec<Step>,
+    /// How long it took in all.
+    pub took: Duration,
+}
+
+/// Probes now, whatever is known. With `device`, that is looked at instead of /dev/kvm; without, the verdict replaces the one
+/// that `home` keeps. Takes up to 300 ms.
+pub fn diagnose(device: Option<&Path>, home: Option<&Path>) -> Diagnosis {
+    let trace = Trace::default();
+    let started = Instant::now();
+    let named = device.map(|path| CString::new(path.as_os_str().as_bytes()));
+    let verdict = match &named {
+        None => probe(DEVICE, &trace),
+        Some(Ok(path)) => probe(path, &trace),
+        Some(Err(_)) => {
+            Verdict::Useless { why: Useless::Missing, detail: "no path contains a zero byte".into() }
+        }
+    };
+    let took = started.elapsed();
+    if let (None, Some(home), Some(boot)) = (device, home, boot_id()) {
+        let path = home.join(CACHE);
+        // What an earlier probe found is void, whether or not this one's verdict is kept. Where none was kept, there may be no store.
+        if std::fs::remove_file(&path).is_ok() {
+            let _ = write_cache(&path, boot, &verdict);
+        }
+    }
+    let wish = std::env::var(OVERRIDE).ok();
+    let choice = decide(wish.as_deref(), || verdict.clone());
+    Diagnosis { verdict, choice, steps: trace.steps(), took }
+}
+
 /// Probes in a thread of its own, which is left alone if it does not come back: a thread inside KVM_RUN does not keep
 /// the process from ending.
-fn probe() -> Verdict {
+fn probe(device: &CStr, trace: &Trace) -> Verdict {
     let hangs = |detail: String| Verdict::Useless { why: Useless::Hangs, detail };
     let (send, receive) = mpsc::sync_channel(1);
+    let (device, trace) = (device.to_owned(), trace.clone());
     let thread = std::thread::Builder::new().name("amberbox-probe".into()).spawn(move || {
         // The receiver may be gone.
-        let _ = send.send(kvm::probe(DEVICE));
+        let _ = send.send(kvm::probe(&device, &trace));
     });
     match thread {
         Err(e) => hangs(format!("KVM was not tried: no thread ({e})")),
@@ -251,7 +325,36 @@ mod tests {
     }
 
     #[test]
+    fn a_diagnosis_tells_how_far_the_probe_came() {
+        let home = tempfile::tempdir().unwrap();
+        let null = diagnose(Some(Path::new("/dev/null")), Some(home.path()));
+        assert!(matches!(null.verdict, Verdict::Useless { why: Useless::NotKvm, .. }));
+        assert_eq!(null.steps, []);
+        // Another device says nothing about the one that sandboxes use.
+        assert!(!home.path().join(CACHE).exists());
+        let trace = Trace::default();
+        trace.done("one");
+        trace.done("two");
+        assert_eq!(trace.steps().iter().map(|step| step.name).collect::<Vec<_>>(), ["one", "two"]);
+    }
+
+    #[test]
+    fn a_diagnosis_replaces_what_was_known() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join(CACHE);
+        let stale = Verdict::Usable { round_ns: 123_456_789 };
+        write_cache(&path, boot_id().unwrap(), &stale).unwrap();
+        let now = diagnose(None, Some(home.path()));
+        assert_ne!(now.verdict, stale);
+        let kept = read_cache(&path, &boot_id().unwrap());
+        assert!(kept.is_none() || kept == Some(now.verdict));
+        let empty = tempfile::tempdir().unwrap();
+        diagnose(None, Some(empty.path()));
+        assert_eq!(std::fs::read_dir(empty.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn the_probe_comes_back_with_words() {
-        assert!(!probe().describe().is_empty());
+        assert!(!probe(DEVICE, &Trace::default()).describe().is_empty());
     }
 }
