@@ -43,34 +43,39 @@ export function haveQemu() {
  * null when the machine ended otherwise (panic, timeout, see `output`).
  */
 export async function bootQemu({
-  kernel, disk, script, memoryMiB = 512, cpu = 'max', append = '', timeoutSeconds = 600, onLine,
+  kernel, disk, script, memoryMiB = 512, accel = 'tcg', cpu, append = '', timeoutSeconds = 600, onLine,
 } = {}) {
   const files = requireDefaults(kernel, disk)
   const dir = mkdtempSync(join(tmpdir(), 'amberbox-qemu-'))
   try {
-    const scriptDisk = join(dir, 'script')
-    const text = `${PRELUDE}${script}\n`
-    // bash reads the device to its end: pad the last sector with blank lines
-    writeFileSync(scriptDisk, text + '\n'.repeat((512 - (Buffer.byteLength(text) % 512)) % 512))
-    // Where the microvm machine has its virtio-mmio windows, in our order: the kernel names disks as it finds them.
-    const devices = [0, 1, 2].map((i) => `virtio_mmio.device=512@0x${(0xfeb00000 + i * 512).toString(16)}:${5 + i}`).join(' ')
-    const args = [
-      '-M', 'microvm,acpi=off,x-option-roms=off,isa-serial=on,rtc=on,pit=on,pic=on,auto-kernel-cmdline=off',
-      '-accel', 'tcg', '-cpu', cpu, '-smp', '1', '-m', `${memoryMiB}`,
-      '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-serial', 'stdio',
-      '-global', 'virtio-mmio.force-legacy=false',
-      '-kernel', files.kernel,
-      '-append', `console=ttyS0 quiet reboot=t panic=-1 noreplace-smp swiotlb=noforce root=/dev/vda rw rootfstype=ext4 init=/bin/bash ${devices} ${append} -- /dev/vdb`,
-      '-drive', `id=root,file=${files.disk},format=raw,if=none,snapshot=on`,
-      '-device', 'virtio-blk-device,drive=root,bus=virtio-mmio-bus.0',
-      '-drive', `id=script,file=${scriptDisk},format=raw,if=none,readonly=on`,
-      '-device', 'virtio-blk-device,drive=script,bus=virtio-mmio-bus.1',
-      '-device', 'virtio-rng-device,bus=virtio-mmio-bus.2',
-    ]
+    const args = machineArguments({ ...files, script, dir, memoryMiB, accel, cpu, append })
     return await run(args, dir, timeoutSeconds, onLine)
   } finally {
     rmSync(dir, { recursive: true, force: true })
   }
+}
+
+/** QEMU's arguments for our guest; the script's disk is written to `dir`. `accel`: `tcg` or `kvm`. */
+export function machineArguments({ kernel, disk, script, dir, memoryMiB = 512, accel = 'tcg', cpu, append = '' }) {
+  const scriptDisk = join(dir, 'script')
+  const text = `${PRELUDE}${script}\n`
+  // bash reads the device to its end: pad the last sector with blank lines
+  writeFileSync(scriptDisk, text + '\n'.repeat((512 - (Buffer.byteLength(text) % 512)) % 512))
+  // Where the microvm machine has its virtio-mmio windows, in our order: the kernel names disks as it finds them.
+  const devices = [0, 1, 2].map((i) => `virtio_mmio.device=512@0x${(0xfeb00000 + i * 512).toString(16)}:${5 + i}`).join(' ')
+  return [
+    '-M', 'microvm,acpi=off,x-option-roms=off,isa-serial=on,rtc=on,pit=on,pic=on,auto-kernel-cmdline=off',
+    '-accel', accel, '-cpu', cpu ?? (accel === 'kvm' ? 'host' : 'max'), '-smp', '1', '-m', `${memoryMiB}`,
+    '-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-serial', 'stdio',
+    '-global', 'virtio-mmio.force-legacy=false',
+    '-kernel', kernel,
+    '-append', `console=ttyS0 quiet reboot=t panic=-1 noreplace-smp swiotlb=noforce root=/dev/vda rw rootfstype=ext4 init=/bin/bash ${devices} ${append} -- /dev/vdb`,
+    '-drive', `id=root,file=${disk},format=raw,if=none,snapshot=on`,
+    '-device', 'virtio-blk-device,drive=root,bus=virtio-mmio-bus.0',
+    '-drive', `id=script,file=${scriptDisk},format=raw,if=none,readonly=on`,
+    '-device', 'virtio-blk-device,drive=script,bus=virtio-mmio-bus.1',
+    '-device', 'virtio-rng-device,bus=virtio-mmio-bus.2',
+  ]
 }
 
 function requireDefaults(kernel, disk) {

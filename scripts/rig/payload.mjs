@@ -2,7 +2,7 @@
 // two seconds, which is less than finding out whether an old one is still right.
 
 import { spawnSync } from 'node:child_process'
-import { chmodSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs'
+import { chmodSync, existsSync, mkdirSync, readdirSync, realpathSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { root, run, ScriptError } from '../progress.mjs'
 import { diskUsage } from '../template.mjs'
@@ -21,6 +21,24 @@ const PROJECT = [
 ]
 /** Packages of node_modules that only type checks and formatting need. */
 const UNUSED = /^(@types|@typescript|prettier|typescript)$/
+
+/** The C library is the outer guest's own. */
+const GLIBC = /^(ld-linux|libc|libm|libdl|librt|libpthread|libresolv)[-.]/
+
+/** This host's QEMU with its libraries and firmware, as `extra` of [`makePayload`]; needs the same Debian release as the outer guest's. */
+export async function qemuFiles() {
+  const binary = '/usr/bin/qemu-system-x86_64'
+  const libraries = await run('ldd', [binary])
+  const files = { 'opt/qemu/bin/qemu-system-x86_64': binary }
+  for (const [, name, path] of libraries.matchAll(/^\s*(\S+) => (\/\S+)/gm)) {
+    if (!GLIBC.test(name)) files[`opt/qemu/lib/${name}`] = path
+  }
+  for (const name of ['bios-microvm.bin', 'kvmvapic.bin', 'linuxboot_dma.bin', 'pvh.bin']) {
+    const path = [`/usr/share/qemu/${name}`, `/usr/share/seabios/${name}`].find((place) => existsSync(place))
+    if (path) files[`opt/qemu/share/qemu/${name}`] = path
+  }
+  return { ...files, 'bin/qemu-system-x86_64': join(import.meta.dirname, 'qemu.sh') }
+}
 
 /**
  * Makes the disk in `directory` and returns its path. `template`: directory of the base template; `extra`: `{ path in the

@@ -3,19 +3,20 @@
 // AMBERBOX_BACKEND=kvm; snapshots go in from this host's software CPU and come back to it. Needs no usable /dev/kvm.
 //
 //   --only TEXT   only the steps in the outer guest whose name contains TEXT (and the set-up)
+//   --bench       the benchmark against QEMU's use of KVM instead of the tests
 //   --run CMD     one step of your own instead (bash, in the project's directory of the outer guest)
 //   --keep        keep the directory with results, stores and the payload, and say where it is
 
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { cacheRoot, rootfsPaths } from '../guest/paths.mjs'
+import { cacheRoot, kernelPaths, rootfsPaths } from '../guest/paths.mjs'
 import { needPackages } from '../guest/steps.mjs'
 import { heading, main, npmPackages, root, run, ScriptError, seconds, step, tool } from '../progress.mjs'
 import { setup } from '../setup.mjs'
 import { buildRigKernel } from './kernel.mjs'
 import { outcome, PACKAGES, runOuter } from './outer.mjs'
-import { makePayload } from './payload.mjs'
+import { makePayload, qemuFiles } from './payload.mjs'
 
 /** Jest in the outer guest: one file after the other, a line per test, the report in the host's directory. */
 function jest(report, files) {
@@ -33,6 +34,11 @@ const PLAN = [
     command: 'uname -a; ls -l /dev/kvm; cat /sys/devices/system/clocksource/clocksource0/current_clocksource',
   },
   {
+    name: 'doctor',
+    seconds: 90,
+    command: 'AMBERBOX_BACKEND= node cli/main.js doctor; node cli/main.js doctor',
+  },
+  {
     name: 'portability',
     seconds: 400,
     command:
@@ -41,6 +47,30 @@ const PLAN = [
   },
   { name: 'sandboxes', seconds: 600, command: jest('sandboxes', '--testPathIgnorePatterns portability') },
 ]
+
+const BENCH = {
+  name: 'bench',
+  seconds: 1500,
+  command:
+    'mount -t debugfs debugfs /sys/kernel/debug; node bench/kvm.mjs --tool /mnt/payload/bin/boot' +
+    ' --kernel /mnt/payload/bench/vmlinux --disk /mnt/payload/bench/rootfs.ext4 --json /mnt/host/rows',
+}
+
+/** What the benchmark needs in the payload beyond the package. */
+async function benchFiles() {
+  await run('cargo', ['build', '--release', '--locked', '--example', 'boot'], { inherit: true })
+  const target = process.env.CARGO_TARGET_DIR ?? join(root, 'target')
+  return {
+    ...(await qemuFiles()),
+    'bin/boot': join(target, 'release', 'examples', 'boot'),
+    'bench/vmlinux': kernelPaths().vmlinux,
+    'bench/rootfs.ext4': rootfsPaths().image,
+    'project/bench': join(root, 'bench'),
+    'project/scripts': join(root, 'scripts'),
+    // What the cached guest is found by.
+    'project/guest': join(root, 'guest'),
+  }
+}
 
 /** Runs the portability tests on this host's software CPU. */
 async function portability(name, env) {
@@ -75,7 +105,7 @@ function totals(directory) {
   return sum
 }
 
-async function rig({ only, run: command, keep }) {
+async function rig({ only, run: command, bench, keep }) {
   const began = Date.now()
   const template = await setup()
   await npmPackages()
@@ -86,11 +116,12 @@ async function rig({ only, run: command, keep }) {
   try {
     let plan = only ? PLAN.filter(({ name }) => name.includes(only)) : PLAN
     if (command) plan = [{ name: 'command', seconds: 600, command }]
+    if (bench) plan = [BENCH]
     const moves = plan.some(({ name }) => name === 'portability')
     const store = join(work, 'from-host')
     if (moves) await portability('snapshot for KVM (software CPU)', { AMBERBOX_PORTABLE_TO: store })
     let payload
-    const extra = moves ? { 'from-host': store } : {}
+    const extra = moves ? { 'from-host': store } : bench ? await benchFiles() : {}
     await step('payload', async () => {
       payload = await makePayload(work, { template, extra })
     })
@@ -122,7 +153,12 @@ async function rig({ only, run: command, keep }) {
 await main(async () => {
   process.chdir(root)
   const { values } = parseArgs({
-    options: { only: { type: 'string' }, run: { type: 'string' }, keep: { type: 'boolean', default: false } },
+    options: {
+      only: { type: 'string' },
+      run: { type: 'string' },
+      bench: { type: 'boolean', default: false },
+      keep: { type: 'boolean', default: false },
+    },
   })
   await rig(values)
 })
