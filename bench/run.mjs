@@ -3,17 +3,20 @@
 //
 //   cpu        the software CPU against QEMU TCG: same kernel, same root file system (tier dev), same work, in turn
 //   api        what commands, files and output cost on a live sandbox
+//   kvm        our machine against QEMU's use of KVM, where KVM works: boot, restore, work, exits (kvm.mjs)
 //   snapshots  create, first output, createSnapshot, sizes, memory and CPU of idle copies, through the public API
 //   life       pause, resume, fork, and requests to servers in a sandbox
 //
-// node bench/run.mjs [cpu|snapshots|life|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
+// node bench/run.mjs [cpu|kvm|snapshots|life|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
 
 import { spawn } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
 import http from 'node:http'
+import { createRequire } from 'node:module'
 import { cpus, tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
+import { kvmBench } from './kvm.mjs'
 import { bootQemu, haveQemu } from '../scripts/guest/qemu.mjs'
 import { kernelPaths, rootfsPaths } from '../scripts/guest/paths.mjs'
 import { heading, main, root, run, ScriptError } from '../scripts/progress.mjs'
@@ -33,6 +36,8 @@ const SCRIPT = [
   ...Object.values(WORK).flatMap((work, i) => [`echo @@begin${i}`, work, `echo @@end${i}`]),
   'echo @@done',
 ].join('; ')
+
+const BACKENDS = { soft: 'software CPU', kvm: 'KVM' }
 
 const median = (values) => quantile(values, 0.5)
 function quantile(values, q) {
@@ -121,7 +126,6 @@ function diskUsage(dir) {
 }
 
 async function snapshotBench() {
-  heading('\n== Sandboxes and snapshots (512 MiB guest, public API)')
   const home = mkdtempSync(join(tmpdir(), 'amberbox-bench-'))
   process.env.AMBERBOX_HOME = home
   const { Sandbox } = await import('../index.mjs')
@@ -207,7 +211,6 @@ print(sorted(times)[150])
 
 /** Pause, resume, fork, and ports. */
 async function lifeBench() {
-  heading('\n== Pause, fork and ports (512 MiB guest, public API)')
   const home = mkdtempSync(join(tmpdir(), 'amberbox-bench-'))
   process.env.AMBERBOX_HOME = home
   const { Sandbox } = await import('../index.mjs')
@@ -268,17 +271,43 @@ async function lifeBench() {
   }
 }
 
+/** Our machine against QEMU's use of the same KVM. */
+async function kvmSection(kvm, rounds) {
+  heading("\n== KVM: our machine against QEMU's use of it (one vCPU, 512 MiB)")
+  if (kvm.verdict !== 'usable') {
+    heading(`Not measured here: ${kvm.detail}`)
+    heading('Ratios, in a machine that QEMU emulates: npm run test:kvm -- --bench')
+    return
+  }
+  await run('cargo', ['build', '--release', '--locked', '--example', 'boot'], { inherit: true })
+  const tool = join(process.env.CARGO_TARGET_DIR ?? join(root, 'target'), 'release', 'examples', 'boot')
+  await kvmBench({ tool, kernel: kernelPaths().vmlinux, disk: rootfsPaths().image, rounds, print: heading })
+}
+
 await main(async () => {
   process.chdir(root)
   const { values, positionals } = parseArgs({ allowPositionals: true, options: { rounds: { type: 'string', default: '3' } } })
-  const wanted = positionals.length > 0 ? positionals : ['cpu', 'snapshots', 'life', 'api']
+  const wanted = positionals.length > 0 ? positionals : ['cpu', 'kvm', 'snapshots', 'life', 'api']
   await setup()
   heading(`\nHost: ${cpus().length} x ${cpus()[0].model}, Node ${process.version}`)
+  const { native, places } = createRequire(import.meta.url)('../lib/native')
+  const kvm = await native.diagnose(undefined, places().home, { token: 0, timeoutMs: 0 })
   if (wanted.includes('cpu')) await cpuBench(Number(values.rounds))
-  if (wanted.includes('snapshots')) await snapshotBench()
-  if (wanted.includes('life')) await lifeBench()
-  if (wanted.includes('api')) {
-    heading('\n== The API on a live sandbox (512 MiB guest)')
-    await apiBench((name, value) => heading(`${name.padEnd(58)} ${value}`))
+  if (wanted.includes('kvm')) await kvmSection(kvm, Number(values.rounds))
+  // Every backend that works here has its column, whatever the environment says.
+  for (const backend of kvm.verdict === 'usable' ? ['kvm', 'soft'] : ['soft']) {
+    process.env.AMBERBOX_BACKEND = backend
+    if (wanted.includes('snapshots')) {
+      heading(`\n== Sandboxes and snapshots, ${BACKENDS[backend]} (512 MiB guest, public API)`)
+      await snapshotBench()
+    }
+    if (wanted.includes('life')) {
+      heading(`\n== Pause, fork and ports, ${BACKENDS[backend]} (512 MiB guest, public API)`)
+      await lifeBench()
+    }
+    if (wanted.includes('api')) {
+      heading(`\n== The API on a live sandbox, ${BACKENDS[backend]} (512 MiB guest)`)
+      await apiBench((name, value) => heading(`${name.padEnd(58)} ${value}`))
+    }
   }
 })

@@ -9,6 +9,7 @@ const { parseArgs } = require('node:util')
 /** By name; loaded when needed, so that `doctor` can still speak where the addon cannot be loaded. */
 const COMMANDS = {
   doctor: () => require('./doctor'),
+  store: () => require('./store'),
 }
 
 function usage() {
