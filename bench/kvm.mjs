@@ -87,8 +87,8 @@ function contenders({ tool, kernel, disk }, dir) {
       boot: async () => (await ours([...fresh, '--init', '/bin/true'], () => {})).seconds,
       work: async (text, onLine) => void (await ours([...fresh, ...script(text)], onLine)),
       freeze: async () => {
-        // It takes its snapshot two seconds after its start, and is ended when it has said so.
-        const { errors } = await ours([...fresh, ...script(TICK), '--store', store, '--capture', '4', '--seconds', '8'], () => false)
+        // Late enough for the guest to tick on any machine.
+        const { errors } = await ours([...fresh, ...script(TICK), '--store', store, '--capture', '10', '--seconds', '14'], () => false)
         snapshot = /\[snapshot (\w+):/.exec(errors)?.[1]
         if (!snapshot) throw new Error(`No snapshot was taken:\n${errors}`)
       },

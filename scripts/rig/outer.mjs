@@ -7,7 +7,7 @@ import { join } from 'node:path'
 import { heading, ScriptError } from '../progress.mjs'
 
 /** Packages that must be installed. */
-export const PACKAGES = ['e2fsprogs', 'qemu-system-x86', 'util-linux']
+export const PACKAGES = ['binutils', 'e2fsprogs', 'qemu-system-x86', 'util-linux']
 /** From power-on to the first step: measured 8 s with both host cores busy with other work. */
 const BOOT_SECONDS = 120
 /** What a failure repeats of the console. */

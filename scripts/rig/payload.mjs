@@ -33,7 +33,7 @@ export async function qemuFiles() {
   for (const [, name, path] of libraries.matchAll(/^\s*(\S+) => (\/\S+)/gm)) {
     if (!GLIBC.test(name)) files[`opt/qemu/lib/${name}`] = path
   }
-  for (const name of ['bios-microvm.bin', 'kvmvapic.bin', 'linuxboot_dma.bin', 'pvh.bin']) {
+  for (const name of ['bios-microvm.bin', 'kvmvapic.bin', 'linuxboot_dma.bin', 'pvh.bin', 'qboot.rom']) {
     const path = [`/usr/share/qemu/${name}`, `/usr/share/seabios/${name}`].find((place) => existsSync(place))
     if (path) files[`opt/qemu/share/qemu/${name}`] = path
   }

@@ -26,6 +26,9 @@ function jest(report, files) {
   )
 }
 
+/** The Rust tests that use KVM where it works. */
+const UNIT_TESTS = 'machine::kvm machine::probe machine::tests'
+
 /** What runs in the outer guest; limits are some four times what it takes on two free cores. */
 const PLAN = [
   {
@@ -37,6 +40,11 @@ const PLAN = [
     name: 'doctor',
     seconds: 90,
     command: 'AMBERBOX_BACKEND= node cli/main.js doctor; node cli/main.js doctor',
+  },
+  {
+    name: 'unit tests',
+    seconds: 300,
+    command: `/mnt/payload/bin/unit-tests --test-threads=1 ${UNIT_TESTS} 2>&1 | tee /mnt/host/unit-tests; exit \${PIPESTATUS[0]}`,
   },
   {
     name: 'portability',
@@ -72,6 +80,26 @@ async function benchFiles() {
   }
 }
 
+/** The Rust tests as a program. Built as `cargo test --workspace` does, which continuous integration has run before. */
+async function unitTests(work) {
+  let program
+  await step('unit tests (cargo, debug)', async (note) => {
+    const args = ['test', '--workspace', '--locked', '--no-run', '--message-format=json-render-diagnostics']
+    await run('cargo', args, {
+      onLine(line) {
+        if (!line.startsWith('{')) return note(line.trim())
+        const { reason, profile, target, executable } = JSON.parse(line)
+        const library = target?.name === 'amberbox' && target.kind.some((kind) => kind.endsWith('lib'))
+        if (reason === 'compiler-artifact' && profile.test && library) program = executable
+      },
+    })
+    if (!program) throw new ScriptError('cargo built no tests of the package amberbox')
+    // Debugging information is nine tenths of it.
+    await run('strip', ['--strip-debug', '-o', join(work, 'unit-tests'), program])
+  })
+  return { 'bin/unit-tests': join(work, 'unit-tests') }
+}
+
 /** Runs the portability tests on this host's software CPU. */
 async function portability(name, env) {
   await step(name, async () => {
@@ -94,9 +122,16 @@ function workDirectory() {
   return { work: mkdtempSync(join(parent, `run-${process.pid}-`)), log: join(parent, 'console.log') }
 }
 
-/** Tests passed and failed according to the Jest reports in a directory. */
+/** Tests passed and failed according to the reports in a directory. */
 function totals(directory) {
   const sum = { passed: 0, failed: 0 }
+  const unit = join(directory, 'unit-tests')
+  const result =
+    existsSync(unit) && /^test result: \w+\. (\d+) passed; (\d+) failed/m.exec(readFileSync(unit, 'utf8'))
+  if (result) {
+    sum.passed += Number(result[1])
+    sum.failed += Number(result[2])
+  }
   for (const name of readdirSync(directory).filter((file) => file.endsWith('.json'))) {
     const report = JSON.parse(readFileSync(join(directory, name), 'utf8'))
     sum.passed += report.numPassedTests
@@ -121,7 +156,11 @@ async function rig({ only, run: command, bench, keep }) {
     const store = join(work, 'from-host')
     if (moves) await portability('snapshot for KVM (software CPU)', { AMBERBOX_PORTABLE_TO: store })
     let payload
-    const extra = moves ? { 'from-host': store } : bench ? await benchFiles() : {}
+    const extra = {
+      ...(moves && { 'from-host': store }),
+      ...(bench && (await benchFiles())),
+      ...(plan.some(({ name }) => name === 'unit tests') && (await unitTests(work))),
+    }
     await step('payload', async () => {
       payload = await makePayload(work, { template, extra })
     })
