@@ -5,9 +5,10 @@
 //   api        what commands, files and output cost on a live sandbox
 //   kvm        our machine against QEMU's use of KVM, where KVM works: boot, restore, work, exits (kvm.mjs)
 //   snapshots  create, first output, createSnapshot, sizes, memory and CPU of idle copies, through the public API
+//   capture    what a snapshot costs: the pause that a process in the guest sees, bytes on disk, 50 copies at once
 //   life       pause, resume, fork, and requests to servers in a sandbox
 //
-// node bench/run.mjs [cpu|kvm|snapshots|life|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
+// node bench/run.mjs [cpu|kvm|snapshots|capture|life|api] [--rounds N]. Absolute times depend on the host and its load: quote ratios.
 
 import { spawn } from 'node:child_process'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
@@ -22,6 +23,7 @@ import { kernelPaths, rootfsPaths } from '../scripts/guest/paths.mjs'
 import { heading, main, root, run, ScriptError } from '../scripts/progress.mjs'
 import { setup } from '../scripts/setup.mjs'
 import { apiBench } from './api.mjs'
+import { captureBench } from './capture.mjs'
 
 // Written without double quotes: it travels on a kernel command line.
 const WORK = {
@@ -287,7 +289,7 @@ async function kvmSection(kvm, rounds) {
 await main(async () => {
   process.chdir(root)
   const { values, positionals } = parseArgs({ allowPositionals: true, options: { rounds: { type: 'string', default: '3' } } })
-  const wanted = positionals.length > 0 ? positionals : ['cpu', 'kvm', 'snapshots', 'life', 'api']
+  const wanted = positionals.length > 0 ? positionals : ['cpu', 'kvm', 'snapshots', 'capture', 'life', 'api']
   await setup()
   heading(`\nHost: ${cpus().length} x ${cpus()[0].model}, Node ${process.version}`)
   const { native, places } = createRequire(import.meta.url)('../lib/native')
@@ -300,6 +302,10 @@ await main(async () => {
     if (wanted.includes('snapshots')) {
       heading(`\n== Sandboxes and snapshots, ${BACKENDS[backend]} (512 MiB guest, public API)`)
       await snapshotBench()
+    }
+    if (wanted.includes('capture')) {
+      heading(`\n== What a snapshot costs, ${BACKENDS[backend]} (512 MiB guest, public API)`)
+      await captureBench((name, value) => heading(`${name.padEnd(58)} ${value}`))
     }
     if (wanted.includes('life')) {
       heading(`\n== Pause, fork and ports, ${BACKENDS[backend]} (512 MiB guest, public API)`)

@@ -32,6 +32,7 @@ fn child() {
     let seed: u64 = seed.parse().unwrap();
     match what {
         "cycles" => cycles(Path::new(dir), seed, 25),
+        "soak" => cycles(Path::new(dir), seed, 200),
         "forever" => cycles(Path::new(dir), seed, u64::MAX),
         "full" => full_disk(Path::new(dir)),
         "readonly" => read_only(Path::new(dir)),
@@ -202,6 +203,42 @@ fn killed_processes_leave_whole_snapshots_or_none() {
     assert_clean(&store);
     drop(store);
     check_store(dir.path());
+}
+
+/// Eight processes of 200 cycles each, of which one is killed every now and then and begins anew. For releases: it takes minutes.
+#[test]
+#[ignore = "takes minutes"]
+fn a_long_time_with_many_processes_and_kills() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut dice = Dice(7);
+    let mut children: Vec<Option<Child>> = (0..8).map(|seed| Some(spawn("soak", seed, dir.path()))).collect();
+    let mut kills = 0;
+    while children.iter().any(Option::is_some) {
+        std::thread::sleep(Duration::from_millis(50 + dice.roll(400)));
+        for slot in &mut children {
+            if let Some(status) = slot.as_mut().and_then(|child| child.try_wait().unwrap()) {
+                assert!(status.success(), "a process failed");
+                *slot = None;
+            }
+        }
+        let victim = dice.roll(8) as usize;
+        if kills < 200
+            && let Some(child) = &mut children[victim]
+        {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            kills += 1;
+            children[victim] = Some(spawn("soak", 1000 + kills, dir.path()));
+        }
+    }
+    assert_eq!(kills, 200);
+    check_store(dir.path());
+    let store = open(dir.path());
+    for meta in store.list(&ListFilter::default()).unwrap() {
+        assert!(store.delete(&meta.id).unwrap());
+    }
+    assert_eq!(store.du().unwrap(), Default::default());
+    assert_clean(&store);
 }
 
 /// Runs a task of `child` with a small file system mounted on its directory, which only it can see.
