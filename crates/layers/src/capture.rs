@@ -18,7 +18,7 @@ use crate::layer::{EncodedFrame, LayerWriter};
 
 /// Dirty pages per chunk: at most 1 MiB of content in a worker's hands.
 const CHUNK: usize = 256;
-/// Niceness of the threads that compress.
+/// How much nicer than their process the threads that compress are.
 const NICE: i32 = 10;
 /// Chunks that may be under way per worker.
 const WINDOW_PER_WORKER: usize = 4;
@@ -319,7 +319,7 @@ impl<'a> Worker<'a> {
 /// Makes this thread give way to others, the guest's CPU among them: a snapshot is not in a hurry. Its own threads only; a
 /// thread's niceness is its own on Linux. Without effect where that is not permitted.
 fn step_back() {
-    let _ = rustix::process::setpriority_process(None, NICE);
+    let _ = rustix::process::nice(NICE);
 }
 
 /// Compares with the parent only when its page is decoded already, as it is for nearly every page that a guest wrote

@@ -21,8 +21,8 @@ use crate::meta::{MetaRecord, NewSnapshot, SnapshotMeta};
 use crate::publish::{NewLayer, Publication};
 use crate::store::Store;
 
-/// The compression level used unless another is asked for.
-pub const DEFAULT_LEVEL: i32 = 3;
+/// The compression level used unless another is asked for: of a guest's memory level 3 makes 5 % less, in four times the time.
+pub const DEFAULT_LEVEL: i32 = 1;
 /// The number of the new layer while a snapshot is built; final numbers are given on publication.
 const OWN_LAYER: u16 = 1;
 const LAYER_FILE: &str = "layer";
@@ -64,7 +64,7 @@ impl SnapshotWriter {
         }
     }
 
-    /// The zstd level, 1 to 19; 3 unless set.
+    /// The zstd level, 1 to 19; [`DEFAULT_LEVEL`] unless set.
     pub fn level(&mut self, level: i32) -> &mut Self {
         self.level = level.clamp(1, 19);
         self
