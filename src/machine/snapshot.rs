@@ -426,6 +426,9 @@ pub struct Captured {
     pub disk: CaptureStats,
 }
 
+/// How hard templates are compressed: each is made once and read by everybody.
+const TEMPLATE_LEVEL: i32 = 3;
+
 /// Rounds of pre-copy at most, and the number of pages that the last one may have to copy while the machine stands.
 const ROUNDS: usize = 8;
 const LAST_ROUND: usize = 256;
@@ -517,6 +520,9 @@ impl Capture {
         content: Content,
     ) -> Result<Captured, SnapshotError> {
         let mut writer = store.writer();
+        if new.kind == amber_layers::Kind::Template {
+            writer.level(TEMPLATE_LEVEL);
+        }
         let full = content == Content::Full;
         // The disk first: a page of memory that equals one of its blocks is not stored again.
         let blocks = self.disk.blocks();
