@@ -1,6 +1,6 @@
 'use strict'
 /** Command handles over event sources that a test controls: no sandbox is needed to show how output is carried. */
-const { CommandExitError, CommandHandle, SandboxError } = require('..')
+const { CommandExitError, CommandHandle, FilesystemEventType, SandboxError, WatchHandle } = require('..')
 const { failure, until } = require('./support')
 
 const bytes = (text) => new TextEncoder().encode(text)
@@ -186,4 +186,62 @@ test("events in the shape of E2B's wire protocol are understood", async () => {
   )
   expect((await handle.wait()).stdout).toBe('o')
   expect(pty).toEqual([...bytes('p')])
+})
+
+describe('watches', () => {
+  const written = (name) => ({ event: { case: 'filesystem', value: { name, type: 2 } } })
+  const watched = async (events, onEvent) => {
+    let stops = 0
+    const args = await new Promise((done) => {
+      const handle = new WatchHandle(
+        () => void (stops += 1),
+        events,
+        (event) => onEvent?.(event, handle),
+        (...exit) => void done(exit),
+      )
+    })
+    await until(() => stops > 0)
+    return args
+  }
+
+  test('events in order, then the exit without arguments', async () => {
+    const seen = []
+    const events = from(
+      written('a'),
+      { event: { case: 'keepalive', value: {} } },
+      { name: 'b', type: 'chmod' },
+    )
+    expect(await watched(events, (event) => void seen.push([event.name, event.type]))).toEqual([])
+    expect(seen).toEqual([
+      ['a', FilesystemEventType.WRITE],
+      ['b', FilesystemEventType.CHMOD],
+    ])
+  })
+
+  test('the exit waits for the callback and gets its error, and that of the events', async () => {
+    const mine = new Error('mine')
+    expect(await watched(from(written('a')), async () => Promise.reject(mine))).toEqual([mine])
+    const broken = (async function* () {
+      throw mine
+    })()
+    expect(await watched(broken)).toEqual([mine])
+  })
+
+  test('what fails after a stop is no error; an exit callback that throws harms nobody', async () => {
+    const torn = (async function* () {
+      yield written('a')
+      throw new Error('aborted')
+    })()
+    expect(await watched(torn, (_event, handle) => handle.stop())).toEqual([])
+    let stopped = false
+    new WatchHandle(
+      () => void (stopped = true),
+      from(),
+      undefined,
+      () => {
+        throw new Error('onExit failed')
+      },
+    )
+    await until(() => stopped)
+  })
 })

@@ -1,10 +1,17 @@
 /** Checked by tsc, never run: a program written for E2B must type-check against index.d.ts. */
 import Default, {
+  ALL_TRAFFIC,
   AuthenticationError,
   CommandExitError,
   CommandHandle,
+  ConnectionConfig,
+  E2B,
   FileNotFoundError,
   FileType,
+  FilesystemEventType,
+  Git,
+  GitAuthError,
+  GitUpstreamError,
   InvalidArgumentError,
   NotEnoughSpaceError,
   NotFoundError,
@@ -14,11 +21,24 @@ import Default, {
   SandboxError,
   SandboxNotFoundError,
   TemplateError,
+  Template,
   TimeoutError,
+  Volume,
+  WatchHandle,
+  getSignature,
+  waitForPort,
 } from 'amberbox'
 import type {
   CommandResult,
+  CommandStartOpts,
+  ConnectionOpts,
   EntryInfo,
+  FilesystemEvent,
+  FilesystemReadOpts,
+  FilesystemWriteOpts,
+  GitResetMode,
+  GitRestoreOpts,
+  GitStatus,
   ProcessInfo,
   SandboxInfo,
   SandboxMetrics,
@@ -71,6 +91,56 @@ export async function program(): Promise<void> {
   entries.filter((e) => e.type === FileType.DIR).map((e) => e.modifiedTime?.getTime())
   void [written, many]
 
+  const handled: WatchHandle = await sandbox.files.watchDir(
+    '/tmp',
+    async (event: FilesystemEvent) => {
+      if (event.type === FilesystemEventType.WRITE) console.log(event.name, event.entry?.size)
+    },
+    { recursive: true, includeEntry: true, timeoutMs: 0, onExit: (err?: Error) => console.log(err?.message) },
+  )
+  await handled.stop()
+
+  const mode: GitResetMode = 'hard'
+  const restore: GitRestoreOpts = { paths: ['.'], staged: true }
+  await sandbox.git.clone('https://example.com/a.git', { path: '/a', depth: 1, username: 'u', password: 'p' })
+  await sandbox.git.reset('/a', { mode })
+  await sandbox.git.restore('/a', restore)
+  const status: GitStatus = await sandbox.git.status('/a')
+  const { branches, currentBranch } = await sandbox.git.branches('/a')
+  const url: string | undefined = await sandbox.git.remoteGet('/a', 'origin')
+  void [status.fileStatus[0]?.status === 'untracked', branches.length, currentBranch?.length, url]
+  same<typeof sandbox.git, Git>(true)
+
+  for await (const chunk of handle) {
+    const [stdout, stderr] = chunk
+    console.log(chunk.type === 'stdout', chunk.stdout?.length, stdout, stderr, `${chunk}`)
+  }
+  await handle.sendSignal('SIGINT')
+  await sandbox.commands.kill(1, { signal: 'SIGTERM' })
+  await sandbox.commands.kill(1, { signal: new AbortController().signal, requestTimeoutMs: 5 })
+
+  const wrapper = (cmd: string, opts?: CommandStartOpts) => sandbox.commands.run(cmd, opts)
+  same<Awaited<ReturnType<typeof wrapper>>, CommandResult | CommandHandle>(true)
+  const reading: FilesystemReadOpts = { gzip: true, user: 'root', streamIdleTimeoutMs: 1 }
+  const writing: FilesystemWriteOpts = { gzip: true, useOctetStream: true, metadata: { a: 'b' } }
+  await sandbox.files.write('a', await sandbox.files.read('b', reading), writing)
+
+  const connection: ConnectionOpts = {
+    apiKey: 'k',
+    domain: 'e2b.dev',
+    debug: false,
+    headers: {},
+    proxy: 'p',
+    retries: 1,
+  }
+  const client = new E2B(connection)
+  const fromClient = await client.Sandbox.create('base', { requestTimeoutMs: 30_000 })
+  same<typeof fromClient, Sandbox>(true)
+  const config = new ConnectionConfig({ ...connection, requestTimeoutMs: 1 })
+  const signed = await getSignature({ path: '/a', operation: 'read', user: undefined, envdAccessToken: 't' })
+  same<typeof signed, { signature: string; expiration: number | null }>(true)
+  void [config.getSignal(), ALL_TRAFFIC.length, waitForPort(80).getCmd(), Template(), Volume.list()]
+
   const snapshot: SnapshotInfo = await sandbox.createSnapshot({ name: 'n' })
   await Sandbox.createSnapshot(sandbox.sandboxId)
   for (const p = Sandbox.listSnapshots({ sandboxId: sandbox.sandboxId, limit: 20 }); p.hasNext;) {
@@ -112,6 +182,10 @@ export function classify(error: unknown): string {
     const parent: NotFoundError = error
     return parent.code
   }
+  if (error instanceof GitAuthError) {
+    const parent: AuthenticationError = error
+    return parent.code
+  }
   if (error instanceof AuthenticationError) return error.code
   for (const Class of [
     TimeoutError,
@@ -119,6 +193,7 @@ export function classify(error: unknown): string {
     NotEnoughSpaceError,
     TemplateError,
     RateLimitError,
+    GitUpstreamError,
   ]) {
     const parent: SandboxError = new Class('x')
     void parent

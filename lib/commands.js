@@ -99,7 +99,7 @@ class Processes {
     const handle = new CommandHandle(
       pid,
       () => process.disconnect(),
-      (signal) => this.kill(pid, signal === undefined ? undefined : { signal }),
+      (how) => this.kill(pid, typeof how === 'string' || typeof how === 'number' ? { signal: how } : how),
       eventsOf(process),
       onStdout,
       onStderr,

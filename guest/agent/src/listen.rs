@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use tokio::io::unix::AsyncFd;
 
 /// Connections that may wait to be accepted.
-const BACKLOG: libc::c_int = 1024;
+const BACKLOG: libc::c_int = 4096;
 
 /// Bytes that the host may send ahead on a connection: what the guest works on while the host's threads wait for a processor.
 static RECEIVE_BUFFER: u64 = 1 << 20;

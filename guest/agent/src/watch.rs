@@ -26,9 +26,6 @@ use crate::users::Names;
 /// Directories of one watch: what is beyond costs more memory than a watch may.
 const MAX_DIRECTORIES: usize = 1 << 16;
 
-/// Bytes of events per read; the kernel's largest event has 272.
-const BUFFER: usize = 16 << 10;
-
 /// Events per frame.
 const BATCH: usize = 256;
 
@@ -81,8 +78,9 @@ pub(crate) async fn run(state: &Rc<State>, slot: &mut Option<Conn>, request: Wat
     let stream = Stream::new(watcher.inotify.try_clone().map_err(internal)?).map_err(internal)?;
     let conn = slot.take().ok_or(Failure::Gone)?;
     conn.reply::<Watch>(&WatchStarted {}).await?;
-    let outcome =
-        follow(&mut watcher, &stream, &conn, || request.include_entry.then(|| Names::read(&settings.etc)));
+    let outcome = follow(state, &mut watcher, &stream, &conn, || {
+        request.include_entry.then(|| Names::read(&settings.etc))
+    });
     if let Err(Failure::Remote(error)) = outcome.await {
         conn.refuse(&error).await;
     }
@@ -90,22 +88,23 @@ pub(crate) async fn run(state: &Rc<State>, slot: &mut Option<Conn>, request: Wat
 }
 
 async fn follow(
+    state: &State,
     watcher: &mut Watcher,
     stream: &Stream,
     conn: &Conn,
     names: impl Fn() -> Option<Names>,
 ) -> Result<()> {
-    let mut buffer = vec![0; BUFFER];
     loop {
         let read = std::future::poll_fn(|cx| {
             if conn.poll_closed(cx).is_ready() {
                 return Poll::Ready(None);
             }
-            stream.poll_read(cx, &mut buffer).map(Some)
+            stream.poll_read(cx, &mut state.scratch.borrow_mut()).map(Some)
         });
         let Some(count) = read.await else { return Ok(()) };
         let count = count.map_err(internal)?;
-        let mut digest = watcher.digest(&buffer[..count])?;
+        // Nobody else has run since it was read into the buffer that all share.
+        let mut digest = watcher.digest(&state.scratch.borrow()[..count])?;
         for tree in std::mem::take(&mut digest.arrived) {
             let mut moved = watcher.detach()?;
             *watcher = blocking(move || moved.add_tree(&tree, None).map(|()| moved)).await??;

@@ -2,7 +2,7 @@
 //!
 //! There are no sockets and no threads on the host side. A [`VsockStream`] is a handle to a connection inside
 //! the device; its reads and writes take the device's lock, copy, and return. Written data goes straight into
-//! the guest's receive buffers when it can. Flow control is the protocol's own credit, 1 MiB towards
+//! the guest's receive buffers when it can. Flow control is the protocol's own credit, 512 KiB towards
 //! the host and what the guest grants towards it, so a slow reader on either side stops the writer on the other.
 //!
 //! Connections do not survive into a copy of the machine. After a restore the guest is told by a

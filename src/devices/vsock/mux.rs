@@ -15,7 +15,7 @@ use super::packet::{HOST_CID, Header, MAX_PAYLOAD, Op, SHUTDOWN_SEND, TYPE_STREA
 use super::ring::CAPACITY;
 
 /// The most connections at a time, in either direction.
-const MAX_CONNECTIONS: usize = 1024;
+pub(super) const MAX_CONNECTIONS: usize = 8192;
 /// Connections from the guest that nobody has accepted yet, per listener.
 const MAX_BACKLOG: usize = 128;
 /// Resets for unknown connections that may wait.

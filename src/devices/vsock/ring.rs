@@ -2,7 +2,7 @@
 //! short conversations cost little memory.
 
 /// The most a stream buffers in one direction; also what is advertised to the guest.
-pub(super) const CAPACITY: usize = 1024 * 1024;
+pub(super) const CAPACITY: usize = 512 * 1024;
 const FIRST: usize = 4096;
 
 /// The queue.

@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 
+use super::mux::MAX_CONNECTIONS;
 use super::packet::*;
 use super::ring::CAPACITY;
 use super::*;

@@ -157,7 +157,7 @@ fn the_backlog_is_bounded() {
 #[test]
 fn connections_are_bounded_and_lingering_ones_give_way() {
     let mut guest = Guest::new();
-    let mut streams: Vec<_> = (0..1024).map(|_| connect(&mut guest, 0).0).collect();
+    let mut streams: Vec<_> = (0..MAX_CONNECTIONS).map(|_| connect(&mut guest, 0).0).collect();
     let connector = guest.connector();
     let error = runtime().block_on(connector.connect(PORT)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::QuotaExceeded);
