@@ -399,6 +399,14 @@ export interface SnapshotListOpts extends ConnectionOpts {
   nextToken?: string
 }
 
+/** Options of {@link Sandbox.uploadUrl} and {@link Sandbox.downloadUrl}. */
+export interface SandboxUrlOpts {
+  /** User whose home relative paths start from and who owns what is created. Default `user`. */
+  user?: Username
+  /** Seconds for which the URL is valid. Default: as long as the process runs. */
+  useSignatureExpiration?: number
+}
+
 /** Pages of a listing. */
 export interface Paginator<T> {
   /** `true` before the first page, and while there are more. */
@@ -626,10 +634,16 @@ export declare class Sandbox implements AsyncDisposable {
    * @throws {@link SandboxNotFoundError} if the sandbox has ended
    */
   getHost(port: number, opts?: { bind?: string }): string
-  /** Not available yet: there is no HTTP server for files. Rejects with a {@link SandboxError}. */
-  uploadUrl(path?: string, opts?: { user?: string; useSignatureExpiration?: number }): Promise<string>
-  /** Not available yet: there is no HTTP server for files. Rejects with a {@link SandboxError}. */
-  downloadUrl(path: string, opts?: { user?: string; useSignatureExpiration?: number }): Promise<string>
+  /**
+   * A URL to which one file can be uploaded by POST: as a form with a part `file`, or as the raw body, which is streamed. It is
+   * answered by this process, on 127.0.0.1, while it runs; whoever has the URL may use it. The answer is
+   * `[{ name, path, type }]`.
+   *
+   * @param path where the file goes; without it, the name of the form's part says so
+   */
+  uploadUrl(path?: string, opts?: SandboxUrlOpts): Promise<string>
+  /** A URL from which a file can be downloaded by GET; for the rest see {@link Sandbox.uploadUrl}. */
+  downloadUrl(path: string, opts?: SandboxUrlOpts): Promise<string>
   /** The MCP gateway belongs to E2B's cloud: throws a {@link SandboxError}. */
   getMcpUrl(): string
   /** The MCP gateway belongs to E2B's cloud: rejects with a {@link SandboxError}. */

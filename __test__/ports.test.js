@@ -287,7 +287,7 @@ test('forwarded ports do not keep Node alive', async () => {
 
 test('what needs an HTTP server or the cloud says so', async () => {
   const sandbox = await store.create()
-  for (const refused of [sandbox.uploadUrl('a'), sandbox.downloadUrl('a'), sandbox.getMcpToken()]) {
+  for (const refused of [sandbox.getMcpToken()]) {
     expect(await failure(refused)).toBeInstanceOf(SandboxError)
   }
   expect(() => sandbox.getMcpUrl()).toThrow(SandboxError)

@@ -147,11 +147,6 @@ function refuseCloudOptions(opts) {
   }
 }
 
-/** Signed URLs need a server that answers them, which comes with the HTTP server. */
-function noFileServer(what, instead) {
-  return unavailable(what, `there is no HTTP server for files yet; use ${instead} and a stream`)
-}
-
 module.exports = {
   ALL_TRAFFIC,
   egressOf,
@@ -159,7 +154,6 @@ module.exports = {
   lifecycleInfo,
   lifecycleOf,
   networkOf,
-  noFileServer,
   refuseCloudOptions,
   unavailable,
 }

@@ -9,6 +9,7 @@ const { InvalidArgumentError, fromNative } = require('./errors')
 const options = require('./options')
 const { SandboxPaginator, SnapshotPaginator } = require('./paginator')
 const { exportSnapshot, importSnapshot } = require('./store')
+const { fileUrl } = require('./urls')
 
 const DEFAULT_TEMPLATE = 'base'
 const DEFAULT_SANDBOX_TIMEOUT_MS = 300_000
@@ -381,13 +382,14 @@ class Sandbox extends ClientFactory {
     }
   }
 
-  async uploadUrl() {
-    throw options.noFileServer('uploadUrl', 'files.write')
+  async uploadUrl(path, opts) {
+    if (path !== undefined) checkString(path, 'path')
+    return fileUrl(this.sandboxId, 'write', path ?? '', opts)
   }
 
-  async downloadUrl(path) {
+  async downloadUrl(path, opts) {
     checkString(path, 'path')
-    throw options.noFileServer('downloadUrl', 'files.read')
+    return fileUrl(this.sandboxId, 'read', path, opts)
   }
 
   getMcpUrl() {
