@@ -1,18 +1,20 @@
 //! Claims: a snapshot that is taken out of the store to go on as a machine, as a paused sandbox does.
 //!
-//! Taking it out is one rename, so of several processes one gets it. Its layers stay where they are: whoever opened the snapshot before
-//! holds their locks. The claim is a work area like any other: if its owner dies, the next one who opens the store removes it.
+//! Taking it out is one rename, so of several processes one gets it. Its layers stay where they are, and collections count them as
+//! named, so that it can be put back. The claim is a work area like any other: if its owner dies, the next one who opens the store
+//! removes it.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::StoreError;
 use crate::files::{WorkArea, rename, sync_dir};
 use crate::ids::SnapshotId;
-use crate::store::{Store, is_gone};
+use crate::store::{MANIFEST_SUFFIX, Store, is_gone, names_in};
 
 /// The snapshot's directory in the work area.
-const CLAIMED: &str = "claimed";
+pub(crate) const CLAIMED: &str = "claimed";
 
 /// A snapshot that is not in the store any more. Dropped, it is deleted; layers that are still open then go with a later collection.
 #[derive(Debug)]
@@ -56,6 +58,17 @@ impl Claim {
         drop(store);
         synced
     }
+}
+
+/// The manifests of all claims. The store lock is held exclusively.
+pub(crate) fn claimed_manifests(tmp: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut found = Vec::new();
+    for area in names_in(tmp)? {
+        let dir = tmp.join(area).join(CLAIMED);
+        let names = names_in(&dir)?.into_iter().filter(|name| name.ends_with(MANIFEST_SUFFIX));
+        found.extend(names.map(|name| dir.join(name)));
+    }
+    Ok(found)
 }
 
 impl Drop for Claim {

@@ -9,10 +9,12 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::claim::{CLAIMED, claimed_manifests};
 use crate::error::StoreError;
 use crate::files::{LOCK_NAME, dead_work_areas, sync_dir};
 use crate::ids::{LayerId, SnapshotId, random_text};
 use crate::lock::{FileLock, holders};
+use crate::manifest::Manifest;
 use crate::store::{Store, is_gone, names_in, read_meta};
 
 const LAYER_SUFFIX: &str = ".layer";
@@ -104,6 +106,7 @@ impl Store {
     pub fn gc(&self) -> Result<Collected, StoreError> {
         self.writable()?;
         let dead = dead_work_areas(&self.tmp_dir())?;
+        forget_claims(&dead);
         let collected = self.collect()?;
         remove_all(dead);
         Ok(collected)
@@ -113,6 +116,7 @@ impl Store {
     pub(crate) fn recover(&self) -> Result<(), StoreError> {
         let dead = dead_work_areas(&self.tmp_dir())?;
         if !dead.is_empty() {
+            forget_claims(&dead);
             self.collect()?;
             remove_all(dead);
         }
@@ -131,6 +135,14 @@ impl Store {
         for (id, tag) in self.manifests()? {
             match self.manifest(&id, &tag).and_then(|m| m.map(|m| m.layers()).transpose()) {
                 Ok(layers) => named.extend(layers.into_iter().flatten()),
+                Err(_) => collected.unreadable += 1,
+            }
+        }
+        // What is claimed may be put back.
+        for claimed in claimed_manifests(&self.tmp_dir())? {
+            match Manifest::open(&claimed).and_then(|m| m.layers()) {
+                Ok(layers) => named.extend(layers),
+                Err(StoreError::Io { source, .. }) if is_gone(&source) => {}
                 Err(_) => collected.unreadable += 1,
             }
         }
@@ -253,6 +265,14 @@ fn remove_all(dead: Vec<(PathBuf, FileLock)>) {
             let _ = fs::remove_dir_all(&doomed);
         }
         drop(lock);
+    }
+}
+
+/// What dead processes had claimed is gone with them.
+fn forget_claims(dead: &[(PathBuf, FileLock)]) {
+    for (dir, _) in dead {
+        // What cannot be removed keeps its layers, and is looked at again by the next one.
+        let _ = fs::remove_dir_all(dir.join(CLAIMED));
     }
 }
 

@@ -29,7 +29,7 @@ const LAYERS: &str = "layers";
 const SNAPSHOTS: &str = "snapshots";
 const TMP: &str = "tmp";
 const STORE_LOCK: &str = "store.lock";
-const MANIFEST_SUFFIX: &str = ".manifest";
+pub(crate) const MANIFEST_SUFFIX: &str = ".manifest";
 
 /// One store directory. Cheap to keep; share it with `Arc`.
 #[derive(Debug)]

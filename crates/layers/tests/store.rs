@@ -654,13 +654,16 @@ fn a_claimed_snapshot_is_one_owners_and_goes_with_it() {
     open.memory().read_page(7, &mut page).unwrap();
     assert_eq!(page, *noise(7));
 
+    // Collections leave it alone: it may be put back.
+    store.gc().unwrap();
+    assert_eq!(layers(), 1);
     claim.put_back().unwrap();
     assert_eq!(store.meta(&id, "default").unwrap().unwrap().kind, Kind::Sandbox);
     assert!(!store.delete(&SnapshotId::parse("other").unwrap()).unwrap());
 
     let claim = store.claim(&id).unwrap().unwrap();
     store.gc().unwrap();
-    // Its bytes are not on the disk's books any more, and can still be read.
+    assert_eq!(layers(), 1);
     open.memory().read_page(9, &mut page).unwrap();
     assert_eq!(page, *noise(9));
     drop(open);
@@ -675,4 +678,17 @@ fn a_claimed_snapshot_is_one_owners_and_goes_with_it() {
     assert!(claim.put_back().is_err());
     assert_eq!(layers(), 1);
     assert!(store.verify().unwrap().problems.is_empty());
+
+    // What a dead process had claimed goes when the store is opened again.
+    let claim = store.claim(&id).unwrap().unwrap();
+    let area = fs::read_dir(dir.path().join("tmp")).unwrap().next().unwrap().unwrap().path();
+    let left = dir.path().join("tmp/left");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("lock"), "").unwrap();
+    fs::rename(area.join("claimed"), left.join("claimed")).unwrap();
+    drop(claim);
+    assert_eq!(layers(), 1);
+    drop(Store::open(dir.path()).unwrap());
+    assert_eq!(layers(), 0);
+    assert!(fs::read_dir(dir.path().join("tmp")).unwrap().next().is_none());
 }
