@@ -7,7 +7,7 @@
 //! time whenever the machine starts to run, and asked for it afterwards; it has TSC and kvm-clock to itself.
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Weak};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -63,8 +63,8 @@ pub struct Clock {
     tsc_offset: AtomicU64,
     system_time: AtomicU64,
     map: MemoryMap,
-    /// The backend's own clock, if it has one.
-    host: Option<Arc<dyn HostChips>>,
+    /// The backend's own clock, if it has one. It belongs to the CPUs.
+    host: Option<Weak<dyn HostChips>>,
 }
 
 impl std::fmt::Debug for Clock {
@@ -122,9 +122,9 @@ impl Clock {
     ///
     /// # Errors
     /// The backend refuses it.
-    pub fn hosted(mut self, host: Arc<dyn HostChips>) -> Result<Clock, String> {
+    pub fn hosted(mut self, host: &Arc<dyn HostChips>) -> Result<Clock, String> {
         host.set_counter(self.tsc(), self.system_time.load(Ordering::Acquire))?;
-        self.host = Some(host);
+        self.host = Some(Arc::downgrade(host));
         Ok(self)
     }
 
@@ -135,7 +135,7 @@ impl Clock {
     pub fn state(&self) -> Result<ClockState, String> {
         let guest_ns = self.now();
         let counter = match &self.host {
-            Some(host) => host.counter()?,
+            Some(host) => host.upgrade().ok_or("The machine has ended")?.counter()?,
             None => Counter {
                 tsc: guest_ns.wrapping_add(self.tsc_offset.load(Ordering::Acquire)),
                 tsc_hz: TSC_HZ,
@@ -154,7 +154,7 @@ impl Clock {
             return frozen;
         }
         // A host that does not answer has no machine any more; the estimate is good enough to say so.
-        let host = self.host.as_ref().and_then(|host| host.guest_time().ok());
+        let host = self.host.as_ref().and_then(|host| host.upgrade()?.guest_time().ok());
         host.unwrap_or_else(|| monotonic().wrapping_add(self.offset.load(Ordering::Relaxed)) as u64)
     }
 
@@ -173,7 +173,7 @@ impl Clock {
     pub fn thaw(&self) {
         let frozen = self.frozen.load(Ordering::Acquire);
         if frozen != RUNNING {
-            if let Some(host) = &self.host {
+            if let Some(host) = self.host.as_ref().and_then(Weak::upgrade) {
                 // A host that refuses will refuse to run the CPU too, and that is reported.
                 let _ = host.set_guest_time(frozen);
             }

@@ -497,8 +497,8 @@ fn host(
     chips: Option<Arc<dyn HostChips>>,
 ) -> Result<(Arc<Irqchip>, Clock), String> {
     let Some(chips) = chips else { return Ok((Arc::new(irqchip), clock)) };
-    let irqchip = irqchip.hosted(clock.now(), Arc::clone(&chips))?;
-    Ok((Arc::new(irqchip), clock.hosted(chips)?))
+    let irqchip = irqchip.hosted(clock.now(), &chips)?;
+    Ok((Arc::new(irqchip), clock.hosted(&chips)?))
 }
 
 fn memory_of(ram: &Arc<Ram>) -> Result<ram::view::GuestMemory, MachineError> {

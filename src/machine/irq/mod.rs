@@ -11,7 +11,7 @@ pub mod lapic;
 pub mod pit;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::{Deserialize, Serialize};
 
@@ -70,8 +70,9 @@ pub struct Irqchip {
     /// The level of each input, so that a device which repeats itself costs nothing.
     levels: AtomicU32,
     notifier: OnceLock<Notifier>,
-    /// The backend's own controllers, which then take the place of `chips`.
-    host: Option<Arc<dyn HostChips>>,
+    /// The backend's own controllers, which then take the place of `chips`. They belong to the CPUs and end with them, as guest memory
+    /// does, though handles of the machine are left.
+    host: Option<Weak<dyn HostChips>>,
 }
 
 impl std::fmt::Debug for Irqchip {
@@ -110,11 +111,11 @@ impl Irqchip {
     ///
     /// # Errors
     /// The backend refuses it.
-    pub fn hosted(self, now: u64, host: Arc<dyn HostChips>) -> Result<Irqchip, String> {
+    pub fn hosted(self, now: u64, host: &Arc<dyn HostChips>) -> Result<Irqchip, String> {
         host.set_irqchip(&self.state(now)?)?;
         Ok(Irqchip {
             levels: self.levels,
-            host: Some(host),
+            host: Some(Arc::downgrade(host)),
             deadline: AtomicU64::new(NEVER),
             ..Irqchip::default()
         })
@@ -127,6 +128,7 @@ impl Irqchip {
     /// The backend cannot tell.
     pub fn state(&self, now: u64) -> Result<IrqchipState, String> {
         if let Some(host) = &self.host {
+            let host = host.upgrade().ok_or("The machine has ended")?;
             let mut state = host.irqchip()?;
             state.ioapic.irr = self.levels.load(Ordering::Acquire);
             return Ok(state);
@@ -259,7 +261,9 @@ impl Irqchip {
             return;
         }
         if let Some(host) = &self.host {
-            host.set_line(pin, high);
+            if let Some(host) = host.upgrade() {
+                host.set_line(pin, high);
+            }
         } else {
             self.with(|Chips { lapic, ioapic, .. }| ioapic.set_line(pin, high, lapic));
         }
