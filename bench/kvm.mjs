@@ -153,6 +153,8 @@ async function freezeQemu(args, dir, file) {
     if (state.status === 'completed') break
     await new Promise((done) => setTimeout(done, 100))
   }
+  // It may end before it has read everything.
+  socket.on('error', () => {})
   socket.write(`${JSON.stringify({ execute: 'quit' })}\n`)
   await over
   socket.destroy()
