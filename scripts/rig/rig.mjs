@@ -56,7 +56,11 @@ const PLAN = [
       'AMBERBOX_PORTABLE_FROM=/mnt/payload/from-host AMBERBOX_PORTABLE_TO=$TMPDIR/to-host ' +
       `${jest('portability', 'portability')} && cp -r $TMPDIR/to-host /mnt/host/to-host`,
   },
-  { name: 'sandboxes', seconds: 600, command: jest('sandboxes', SUITE.map((file) => `/${file}.test`).join(' ')) },
+  {
+    name: 'sandboxes',
+    seconds: 600,
+    command: jest('sandboxes', SUITE.map((file) => `/${file}.test`).join(' ')),
+  },
 ]
 
 const BENCH = {
