@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example boot -- --kernel vmlinux --rootfs rootfs.ext4 \
-//!     [--init /bin/sh] [--params "quiet"] [--ram MiB] [--cpus N] [--seconds N] [--symbols System.map] [--sample MS] \
+//!     [--init /bin/sh] [--params "quiet"] [--ram MiB] [--cpus N] [--cpu host] [--seconds N] [--symbols System.map] [--sample MS] \
 //!     [--store DIR [--capture SECONDS,SECONDS]] [--backend soft|kvm]
 //! cargo run --release --example boot -- --store DIR --restore SNAPSHOT [--seconds N] ...
 //! ```
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use amber_layers::{NewSnapshot, Store};
 use amber_proto::{Exec, Identify};
 use amberbox::agent::{Agent, Event};
-use amberbox::machine::vcpu::{Backend, BackendKind};
+use amberbox::machine::vcpu::{Backend, BackendKind, CpuModel};
 use amberbox::machine::{BootConfig, DiskStorage, Machine, RestoreConfig};
 
 /// Command-line options.
@@ -34,6 +34,7 @@ struct Options {
     params: String,
     ram: u64,
     cpus: u8,
+    cpu: CpuModel,
     limit: Duration,
     symbols: Option<PathBuf>,
     sample: Option<Duration>,
@@ -61,6 +62,11 @@ impl Options {
             params: take("params").unwrap_or_default(),
             ram: take("ram").map_or(Ok(512), |v| v.parse::<u64>())? << 20,
             cpus: take("cpus").map_or(Ok(1), |v| v.parse())?,
+            cpu: match take("cpu").as_deref() {
+                None => CpuModel::Baseline,
+                Some("host") => CpuModel::Host,
+                Some(other) => return Err(format!("Unknown CPU {other}").into()),
+            },
             limit: Duration::from_secs(take("seconds").map_or(Ok(60), |v| v.parse())?),
             symbols: take("symbols").map(PathBuf::from),
             sample: take("sample").map(|v| v.parse().map(Duration::from_millis)).transpose()?,
@@ -176,6 +182,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let config = BootConfig {
                 ram: options.ram,
                 cpus: options.cpus,
+                cpu: options.cpu,
                 kernel,
                 init,
                 parameters,

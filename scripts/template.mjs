@@ -21,6 +21,9 @@ import { withBuild } from './guest/steps.mjs'
 import { root, run, ScriptError, size } from './progress.mjs'
 
 const MEMORY_MB = 512
+/** Several CPUs, and the host's own CPU ('host'), need KVM: when the template is built and whenever it is used. */
+const CPU_COUNT = Number(process.env.AMBERBOX_TEMPLATE_CPUS ?? 1)
+const CPU = process.env.AMBERBOX_TEMPLATE_CPU ?? 'baseline'
 /** A booting guest executes some 40 M instructions: this is for a very busy host. */
 const BOOT_TIMEOUT_MS = 180_000
 /** Older templates are removed; stores that adopted them keep their own links. */
@@ -34,7 +37,7 @@ export async function buildTemplate(addon, agent) {
   const image = imagePaths(agent)
   if (!kernel || !image) throw new ScriptError('The guest image is not built. Run: npm run setup')
   const key = createHash('sha256')
-    .update([basename(kernel.dir), basename(image.dir), MEMORY_MB].join('\0'))
+    .update([basename(kernel.dir), basename(image.dir), MEMORY_MB, CPU_COUNT, CPU].join('\0'))
     .update(readFileSync(addon))
     .digest('hex')
     .slice(0, 16)
@@ -51,6 +54,8 @@ export async function buildTemplate(addon, agent) {
           rootfs: image.image,
           out: build.out,
           memoryMb: MEMORY_MB,
+          cpuCount: CPU_COUNT,
+          cpu: CPU,
           bootTimeoutMs: BOOT_TIMEOUT_MS,
         }
         // A process of its own: what it holds of the guest is gone when it ends.

@@ -49,7 +49,7 @@ use self::run::{Core, Guts};
 use self::snapshot::{
     BootState, Capture, DiskBase, DiskParent, Lineage, MachineState, MemorySource, Prepared, refuse,
 };
-use self::vcpu::{Backend, BackendError, BackendKind, Counters, HostChips, Shape, Vm};
+use self::vcpu::{Backend, BackendError, BackendKind, Counters, CpuModel, HostChips, Shape, Vm};
 use crate::devices::disk::{Base, RawImage};
 use crate::devices::serial::{ConsoleLog, LineObserver};
 use crate::devices::vsock::VsockConnector;
@@ -123,6 +123,8 @@ pub struct BootConfig {
     pub ram: u64,
     /// Number of CPUs.
     pub cpus: u8,
+    /// What they can do.
+    pub cpu: CpuModel,
     /// A vmlinux, plain or zstd.
     pub kernel: PathBuf,
     /// The first program.
@@ -261,7 +263,7 @@ impl Machine {
         let state = boot::load(&memory, map, config.cpus, &kernel, &command_line, &seed)?;
         let refused = |reason| MachineError::Cpu { backend: backend.kind(), reason };
         let failed = |reason| refused(BackendError::Host(reason));
-        let shape = Shape { cpus: config.cpus };
+        let shape = Shape { cpus: config.cpus, model: config.cpu };
         let Vm { first: mut vcpu, others, chips } = backend.create_vm(&ram, shape).map_err(refused)?;
         vcpu.set_state(&state).map_err(failed)?;
         let (irqchip, clock) = host(Irqchip::new(config.cpus), Clock::new(map), chips).map_err(failed)?;
@@ -295,7 +297,7 @@ impl Machine {
         let irqchip = Irqchip::restore(&state.irqchip, state.clock.guest_ns).map_err(refuse::irqchip)?;
         let failed =
             |reason| MachineError::Cpu { backend: backend.kind(), reason: BackendError::Host(reason) };
-        let shape = Shape { cpus: state.cpus() };
+        let shape = Shape { cpus: state.cpus(), model: state.model() };
         let vm = backend.create_vm(&ram, shape).map_err(|reason| match reason {
             BackendError::Host(reason) => failed(reason),
             // Not this host's fault: the snapshot asks for another kind of CPU.
@@ -305,6 +307,9 @@ impl Machine {
         vcpu.set_state(&state.cpu).map_err(refuse::cpu)?;
         for (vcpu, state) in others.iter_mut().zip(&state.others) {
             vcpu.set_other_state(state).map_err(refuse::cpu)?;
+        }
+        for (vcpu, state) in std::iter::once(&mut vcpu).chain(&mut others).zip(&state.hosts) {
+            vcpu.set_host_state(state).map_err(SnapshotError::Backend)?;
         }
         // A backend with controllers of its own waits for interrupts itself.
         let halted = state.cpu.halted && chips.is_none();

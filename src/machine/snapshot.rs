@@ -35,7 +35,7 @@ use super::platform;
 use super::ram::PageSource;
 use super::ram::capture::{MemoryCapture, PreCopy};
 use super::run::Guts;
-use super::vcpu::{BackendError, LiveCapture, OtherCpu};
+use super::vcpu::{BackendError, CpuModel, HostCpu, LiveCapture, OtherCpu};
 use crate::devices::disk::{Aside, BLOCK_SIZE, Base, FrozenDisk, Overlay, Storage};
 
 const _: () = assert!(BLOCK_SIZE == PAGE_SIZE && PAGE_SIZE as u64 == platform::PAGE_SIZE);
@@ -55,8 +55,10 @@ const SERIAL: Kind = Kind(SectionId(0x107), 1, "serial device");
 const OTHER_CPUS: Kind = Kind(SectionId(0x108), 1, "other CPUs");
 /// Instead of all others, where there is no memory.
 const BOOT: Kind = Kind(SectionId(0x109), 1, "boot");
-const KNOWN: [&Kind; 10] =
-    [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL, &OTHER_CPUS, &BOOT];
+/// Only where they are the host's.
+const HOST_CPUS: Kind = Kind(SectionId(0x10a), 1, "host CPU");
+const KNOWN: [&Kind; 11] =
+    [&PLATFORM, &CPU, &IRQCHIP, &CLOCK, &BLOCK, &VSOCK, &ENTROPY, &SERIAL, &OTHER_CPUS, &BOOT, &HOST_CPUS];
 
 /// What of a machine a snapshot holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -156,6 +158,8 @@ pub(super) struct MachineState {
     pub(super) cpu: CpuState,
     /// CPUs beyond the first.
     pub(super) others: Vec<OtherCpu>,
+    /// What each CPU has beyond the baseline; empty if nothing.
+    pub(super) hosts: Vec<HostCpu>,
     pub(super) irqchip: IrqchipState,
     pub(super) clock: ClockState,
     pub(super) devices: DevicesState,
@@ -178,7 +182,15 @@ impl MachineState {
         if !self.others.is_empty() {
             sections.push(encode(&OTHER_CPUS, &self.others)?);
         }
+        if !self.hosts.is_empty() {
+            sections.push(encode(&HOST_CPUS, &self.hosts)?);
+        }
         Ok(sections)
+    }
+
+    /// What the CPUs can do.
+    pub(super) fn model(&self) -> CpuModel {
+        if self.hosts.is_empty() { CpuModel::Baseline } else { CpuModel::Host }
     }
 
     /// Number of CPUs.
@@ -205,10 +217,18 @@ impl MachineState {
         if others.len() >= usize::from(platform::MAX_CPUS) {
             return Err(invalid(&OTHER_CPUS, "there are too many"));
         }
+        let hosts: Vec<HostCpu> = match snapshot.section(HOST_CPUS.0) {
+            Some(_) => decode(snapshot, &HOST_CPUS)?,
+            None => Vec::new(),
+        };
+        if !hosts.is_empty() && hosts.len() != 1 + others.len() {
+            return Err(invalid(&HOST_CPUS, "there is not one for each CPU"));
+        }
         Ok(MachineState {
             ram: platform.ram,
             cpu: decode(snapshot, &CPU)?,
             others,
+            hosts,
             irqchip: decode(snapshot, &IRQCHIP)?,
             clock: decode(snapshot, &CLOCK)?,
             devices: DevicesState {
@@ -499,8 +519,11 @@ impl Capture {
         cpu.halted |= guts.halted;
         let others = guts.others.iter().map(|vcpu| vcpu.other_state()).collect::<Result<_, _>>();
         let others = others.map_err(SnapshotError::Host)?;
+        let vcpus = std::iter::once(&guts.vcpu).chain(&guts.others);
+        let hosts = vcpus.filter_map(|vcpu| vcpu.host_state().transpose()).collect::<Result<_, _>>();
+        let hosts = hosts.map_err(SnapshotError::Host)?;
         let devices = guts.devices.state();
-        let state = MachineState { ram: guts.ram.map().bytes(), cpu, others, irqchip, clock, devices };
+        let state = MachineState { ram: guts.ram.map().bytes(), cpu, others, hosts, irqchip, clock, devices };
         guts.vcpu.collect_dirty().map_err(SnapshotError::Host)?;
         let memory = match prepared.copies {
             Some(copies) => MemoryCapture::copied(copies),

@@ -7,7 +7,7 @@ use amber_x86::{Bus, Cpu, Exit, Kick};
 
 use super::ram::Ram;
 use super::vcpu::{
-    Backend, BackendError, BackendKind, Counters, Kicker, LiveCapture, Shape, Vcpu, VcpuExit, Vm,
+    Backend, BackendError, BackendKind, Counters, CpuModel, Kicker, LiveCapture, Shape, Vcpu, VcpuExit, Vm,
 };
 
 /// RFLAGS: interrupts enabled.
@@ -25,6 +25,9 @@ impl Backend for Soft {
     fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError> {
         if shape.cpus != 1 {
             return Err(BackendError::Cpus(shape.cpus));
+        }
+        if shape.model != CpuModel::Baseline {
+            return Err(BackendError::HostCpu);
         }
         // Vector operations run the host's own instructions (see amber_x86): without them they would be SIGILL, in Node's process.
         let host = [

@@ -92,6 +92,7 @@ impl Rig {
         BootConfig {
             ram: 64 << 20,
             cpus: 1,
+            cpu: vcpu::CpuModel::Baseline,
             kernel: path("kernel"),
             init: "/init".into(),
             parameters: String::new(),
@@ -581,6 +582,9 @@ fn the_number_of_cpus_is_checked_and_the_software_cpu_has_one() {
     }
     let refused = Machine::boot(BootConfig { cpus: 2, ..rig.config(&COUNT) }, &Soft).unwrap_err();
     assert!(matches!(refused, MachineError::Cpu { reason: BackendError::Cpus(2), .. }), "{refused}");
+    let config = BootConfig { cpu: vcpu::CpuModel::Host, ..rig.config(&COUNT) };
+    let refused = Machine::boot(config, &Soft).unwrap_err();
+    assert!(matches!(refused, MachineError::Cpu { reason: BackendError::HostCpu, .. }), "{refused}");
 }
 
 #[test]

@@ -79,6 +79,20 @@ pub trait Vcpu: Send {
     fn set_other_state(&mut self, _state: &OtherCpu) -> Result<(), String> {
         Err("This backend has one CPU only".into())
     }
+    /// What a CPU of the host's model has beyond that; `None` for one of the baseline.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    fn host_state(&self) -> Result<Option<HostCpu>, String> {
+        Ok(None)
+    }
+    /// Loads it, after the state.
+    ///
+    /// # Errors
+    /// This host's CPU is another, or refuses it.
+    fn set_host_state(&mut self, _state: &HostCpu) -> Result<(), BackendError> {
+        Err(BackendError::HostCpu)
+    }
     /// A handle to reach it while it runs.
     fn kicker(&self) -> Arc<dyn Kicker>;
     /// Marks the pages dirty that any CPU of the machine has written since this was last called, where that is not done
@@ -253,11 +267,37 @@ pub struct Vm {
     pub chips: Option<Arc<dyn HostChips>>,
 }
 
+/// What a machine's CPUs can do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CpuModel {
+    /// What the platform's table says, on every host.
+    #[default]
+    Baseline,
+    /// What the host's CPU can do: its snapshots need KVM and a CPU that can do the same.
+    Host,
+}
+
+/// What a CPU of [`CpuModel::Host`] has beyond the neutral state. It means something to such a host only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCpu {
+    /// The CPUID that the guest sees but for what differs between CPUs: leaf, subleaf, EAX, EBX, ECX, EDX.
+    pub cpuid: Vec<[u32; 6]>,
+    /// XCR0.
+    pub xcr0: u64,
+    /// The XSAVE image in standard form (Intel SDM vol. 1, 13.4).
+    #[serde(with = "serde_bytes")]
+    pub xsave: Vec<u8>,
+    /// Model-specific registers, as (index, value).
+    pub msrs: Vec<(u32, u64)>,
+}
+
 /// What a machine's CPUs are to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// How many, at least one.
     pub cpus: u8,
+    /// What they can do.
+    pub model: CpuModel,
 }
 
 /// A backend has no machine for us.
@@ -266,6 +306,15 @@ pub enum BackendError {
     /// It has fewer CPUs.
     #[error("The software CPU runs one CPU per sandbox, not {0}: more need a host with KVM")]
     Cpus(u8),
+    /// It is not the host's CPU.
+    #[error("It was made with cpu: 'host', for KVM on one kind of CPU; the software CPU is another")]
+    HostCpu,
+    /// The host's CPU is another.
+    #[error("It was made with cpu: 'host' on a CPU that differs from this host's in CPUID leaf {leaf:#x}")]
+    OtherHost {
+        /// Where the difference is.
+        leaf: u32,
+    },
     /// The host refuses.
     #[error("{0}")]
     Host(String),

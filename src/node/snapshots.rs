@@ -136,6 +136,10 @@ pub struct JsTemplateRequest {
     pub out: String,
     /// Memory of the guest in MiB.
     pub memory_mb: u32,
+    /// Number of CPUs; 1 if absent.
+    pub cpu_count: Option<u32>,
+    /// `host` for what the host's CPU can do instead of the baseline.
+    pub cpu: Option<String>,
     /// Longest time to wait for the agent, in milliseconds.
     pub boot_timeout_ms: f64,
 }
@@ -164,6 +168,8 @@ pub fn build_template(
             rootfs: request.rootfs.into(),
             out: request.out.into(),
             memory_mb: request.memory_mb,
+            cpus: request.cpu_count.unwrap_or(1),
+            cpu: request.cpu,
             boot_timeout: duration(request.boot_timeout_ms),
         })
         .await?;

@@ -14,7 +14,7 @@ use super::{Ended, Error};
 use crate::agent::{AsyncStream, Connect, Connecting};
 use crate::devices::vsock::VsockConnector;
 use crate::machine::probe::{self, Choice};
-use crate::machine::vcpu::BackendError;
+use crate::machine::vcpu::{BackendError, CpuModel};
 use crate::machine::{
     BootConfig, Content, DiskStorage, EndKind, Machine, MachineEnd, MachineError, RestoreConfig,
     SnapshotError,
@@ -35,7 +35,7 @@ impl From<MachineError> for Error {
             MachineError::Snapshot(error @ SnapshotError::Disk { .. }) => Self::Store(with_causes(&error)),
             MachineError::Snapshot(error) => Self::SnapshotCorrupt(with_causes(&error)),
             error @ (MachineError::CpuCount { .. }
-            | MachineError::Cpu { reason: BackendError::Cpus(_), .. }) => {
+            | MachineError::Cpu { reason: BackendError::Cpus(_) | BackendError::HostCpu, .. }) => {
                 Self::InvalidArgument(with_causes(&error))
             }
             other => Self::Machine(with_causes(&other)),
@@ -139,6 +139,8 @@ pub(super) fn reboot(snapshot: &Arc<Snapshot>, kernel: &Path, dir: &Path) -> Res
     let config = BootConfig {
         ram: 0,
         cpus: 1,
+        // A snapshot of the disk does not say; what every host has is right everywhere.
+        cpu: CpuModel::Baseline,
         kernel: kernel.to_owned(),
         init: INIT.to_owned(),
         parameters: String::new(),
@@ -150,10 +152,17 @@ pub(super) fn reboot(snapshot: &Arc<Snapshot>, kernel: &Path, dir: &Path) -> Res
 }
 
 /// Boots a guest from a kernel and a root file system. Blocks.
-pub(super) fn boot(kernel: &Path, rootfs: &Path, memory_mb: u32) -> Result<Arc<dyn Vm>, Error> {
+pub(super) fn boot(
+    kernel: &Path,
+    rootfs: &Path,
+    memory_mb: u32,
+    cpus: u8,
+    cpu: CpuModel,
+) -> Result<Arc<dyn Vm>, Error> {
     let config = BootConfig {
         ram: u64::from(memory_mb) << 20,
-        cpus: 1,
+        cpus,
+        cpu,
         kernel: kernel.to_owned(),
         init: INIT.to_owned(),
         parameters: String::new(),

@@ -15,6 +15,7 @@ use super::vm::{Orphan, Vm};
 use super::{Error, blocking, machine};
 use crate::agent::Agent;
 use crate::machine::Content;
+use crate::machine::vcpu::CpuModel;
 
 /// Name of the base template.
 const BASE: &str = "base";
@@ -108,6 +109,10 @@ pub struct TemplateRequest {
     pub out: PathBuf,
     /// Memory of the guest in MiB.
     pub memory_mb: u32,
+    /// Number of CPUs: more than one need KVM, then and whenever the template is used.
+    pub cpus: u32,
+    /// What they can do, `baseline` unless given: `host` needs KVM, and such a host whenever the template is used.
+    pub cpu: Option<String>,
     /// Longest time to wait for the agent.
     pub boot_timeout: Duration,
 }
@@ -126,9 +131,19 @@ pub struct TemplateResult {
 /// Boots a guest and freezes it, once its agent answers, into a template in a directory of its own.
 pub async fn build_template(request: TemplateRequest) -> Result<TemplateResult, Error> {
     let begun = Instant::now();
-    let TemplateRequest { kernel, rootfs, out, memory_mb, boot_timeout } = request;
+    let TemplateRequest { kernel, rootfs, out, memory_mb, cpus, cpu, boot_timeout } = request;
+    // A number that is too large for its type is too large for a machine, which says so.
+    let cpus = u8::try_from(cpus).unwrap_or(u8::MAX);
+    let cpu = match cpu.as_deref() {
+        None | Some("baseline") => CpuModel::Baseline,
+        Some("host") => CpuModel::Host,
+        Some(other) => {
+            return Err(Error::InvalidArgument(format!("'{other}' is no CPU; use 'baseline' or 'host'")));
+        }
+    };
     let image = kernel.clone();
-    let machine = blocking(move || Ok(Orphan::new(machine::boot(&image, &rootfs, memory_mb)?))).await?;
+    let machine =
+        blocking(move || Ok(Orphan::new(machine::boot(&image, &rootfs, memory_mb, cpus, cpu)?))).await?;
     let vm = Arc::clone(machine.vm());
     let agent = Agent::new(vm.connector());
     let ready = tokio::select! {

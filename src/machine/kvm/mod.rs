@@ -4,13 +4,14 @@
 //! to the machine's bus, which refuses it), the same pins, the same clock. State crosses the seam in neutral form, so a
 //! snapshot moves between the two.
 //!
-//! Rooms: `vm`: the machine, its memory and clock; `vcpu`: running a CPU; `kick`: stopping one; `state`, `chips`, `cpuid`:
+//! Rooms: `vm`: the machine, its memory and clock; `vcpu`: running a CPU; `kick`: stopping one; `host`: the host's own CPU; `state`, `chips`, `cpuid`:
 //! the neutral states in KVM's terms; `fault`, `present`: guest memory as it is touched, or
 //! before the first instruction.
 
 mod chips;
 mod cpuid;
 mod fault;
+mod host;
 mod kick;
 mod present;
 mod state;
@@ -37,7 +38,7 @@ impl Backend for Kvm {
     }
 
     fn create_vm(&self, ram: &Arc<Ram>, shape: Shape) -> Result<Vm, BackendError> {
-        let vm = Arc::new(vm::KvmVm::new(ram, shape.cpus)?);
+        let vm = Arc::new(vm::KvmVm::new(ram, shape)?);
         let vcpu = |index| Box::new(vcpu::KvmVcpu::new(&vm, index)) as Box<dyn Vcpu>;
         let others = (1..usize::from(shape.cpus)).map(vcpu).collect();
         Ok(Vm { first: vcpu(0), others, chips: Some(Arc::clone(&vm) as Arc<dyn HostChips>) })

@@ -9,8 +9,8 @@ use crate::machine::soft::Soft;
 use crate::machine::tests::{
     COUNT, POWER_OFF, RESET, Rig, TRIPLE_FAULT, counter, end_of, restore_on, ticker, wait,
 };
-use crate::machine::vcpu::Backend;
-use crate::machine::{BootConfig, EndKind, MachineError, SnapshotError};
+use crate::machine::vcpu::{Backend, BackendError, CpuModel};
+use crate::machine::{BootConfig, EndKind, Machine, MachineError, SnapshotError};
 
 /// The backend, where it works.
 pub(in crate::machine) fn usable() -> Option<&'static dyn Backend> {
@@ -84,11 +84,7 @@ fn a_guest_that_lives_on_its_timer_moves_between_backends() {
 }
 
 /// A snapshot, if the guest has counted so far.
-fn latest_of(
-    rig: &Rig,
-    machine: &crate::machine::Machine,
-    least: u64,
-) -> Option<Arc<amber_layers::Snapshot>> {
+fn latest_of(rig: &Rig, machine: &Machine, least: u64) -> Option<Arc<amber_layers::Snapshot>> {
     let snapshot = rig.snapshot(machine).1;
     (counter(&snapshot) >= least).then_some(snapshot)
 }
@@ -97,13 +93,29 @@ fn latest_of(
 fn several_cpus_are_saved_and_the_software_cpu_refuses_them() {
     let Some(rig) = rig() else { return };
     let config = BootConfig { cpus: 3, ..rig.config(&COUNT) };
-    let machine = crate::machine::Machine::boot(config, &Kvm).unwrap();
+    let machine = Machine::boot(config, &Kvm).unwrap();
     machine.resume().unwrap();
     let snapshot = rig.snapshot(&machine).1;
     let refused = restore_on(&Soft, &snapshot).unwrap_err();
     assert!(matches!(refused, MachineError::Snapshot(SnapshotError::Backend(_))), "{refused}");
     let copy = restore_on(&Kvm, &snapshot).unwrap();
     assert_eq!(copy.cpus(), 3);
+    copy.resume().unwrap();
+    let counted = counter(&snapshot);
+    wait("counting", || counter(&rig.snapshot(&copy).1) > counted);
+}
+
+#[test]
+fn a_snapshot_of_the_hosts_cpu_stays_with_kvm() {
+    let Some(rig) = rig() else { return };
+    let config = BootConfig { cpu: CpuModel::Host, ..rig.config(&COUNT) };
+    let machine = Machine::boot(config, &Kvm).unwrap();
+    machine.resume().unwrap();
+    let snapshot = rig.snapshot(&machine).1;
+    let refused = restore_on(&Soft, &snapshot).unwrap_err();
+    let why = MachineError::Snapshot(SnapshotError::Backend(BackendError::HostCpu));
+    assert_eq!(refused.to_string(), why.to_string());
+    let copy = restore_on(&Kvm, &snapshot).unwrap();
     copy.resume().unwrap();
     let counted = counter(&snapshot);
     wait("counting", || counter(&rig.snapshot(&copy).1) > counted);

@@ -18,10 +18,10 @@ use rustix::io::Errno;
 use super::kick::Kick;
 use super::state::{KvmState, MSRS};
 use super::vm::{KvmVm, get_msrs, set_msrs};
-use super::{chips, failed};
+use super::{chips, failed, host};
 use crate::machine::irq::lapic::LapicState;
 use crate::machine::platform::MSR_KVM_SYSTEM_TIME;
-use crate::machine::vcpu::{Counters, Kicker, OtherCpu, Start, Vcpu, VcpuExit};
+use crate::machine::vcpu::{BackendError, Counters, HostCpu, Kicker, OtherCpu, Start, Vcpu, VcpuExit};
 
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const CANNOT_EMULATE: u32 = 1;
@@ -142,6 +142,15 @@ impl Vcpu for KvmVcpu {
             }
         };
         cpu.set_mp_state(kvm_mp_state { mp_state }).map_err(&refused)
+    }
+
+    fn host_state(&self) -> Result<Option<HostCpu>, String> {
+        self.vm.host().map(|table| host::save(&self.vm.cpu(self.index), table)).transpose()
+    }
+
+    fn set_host_state(&mut self, state: &HostCpu) -> Result<(), BackendError> {
+        let table = self.vm.host().ok_or(BackendError::HostCpu)?;
+        host::load(&self.vm.cpu(self.index), table, state)
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

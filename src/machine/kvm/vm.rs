@@ -9,23 +9,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use amber_x86::{GuestRam, PageFlags};
 use kvm_bindings::{
-    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_X86_USER_SPACE_MSR,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_X86_USER_SPACE_MSR,
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_PIT_SPEAKER_DUMMY,
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KvmIrqRouting, Msrs, kvm_clock_data, kvm_device_attr,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_msr_entry, kvm_pit_config,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KvmIrqRouting, Msrs, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_device_attr, kvm_enable_cap, kvm_irq_routing_entry, kvm_irqchip, kvm_msr_entry, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use super::fault::Filler;
-use super::{chips, cpuid, failed, present};
+use super::{chips, cpuid, failed, host, present};
 use crate::machine::irq::IrqchipState;
 use crate::machine::platform::{
     IOAPIC_PINS, MSR_APIC_BASE, MSR_KVM_SYSTEM_TIME, MSR_KVM_WALL_CLOCK, MSR_TSC, PAGE_SIZE, TSC_HZ,
 };
 use crate::machine::ram::Ram;
-use crate::machine::vcpu::{Counter, HostChips};
+use crate::machine::vcpu::{Counter, CpuModel, HostChips, Shape};
 
 /// Three pages that KVM needs on old Intel CPUs, in the hole below 4 GiB.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -48,6 +48,8 @@ const SERVED: [(u32, u32, bool); 8] = [
 pub(super) struct KvmVm {
     cpus: Vec<Mutex<VcpuFd>>,
     vm: VmFd,
+    /// What the guest sees of the host's CPU, if it does.
+    host: Option<CpuId>,
     /// Brings in what is touched; `None` if all is there.
     filler: Option<Filler>,
     /// Under the machine, and so dropped after it.
@@ -61,7 +63,7 @@ fn slots(ram: &Ram) -> impl Iterator<Item = (u32, u64, u64)> {
 
 impl KvmVm {
     /// A machine over `ram` with CPUs as after reset.
-    pub(super) fn new(ram: &Arc<Ram>, cpus: u8) -> Result<KvmVm, String> {
+    pub(super) fn new(ram: &Arc<Ram>, shape: Shape) -> Result<KvmVm, String> {
         let kvm = kvm_ioctls::Kvm::new().map_err(failed("be opened"))?;
         let supported = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
@@ -83,9 +85,16 @@ impl KvmVm {
             unsafe { vm.set_user_memory_region(region) }.map_err(failed("use guest memory"))?;
         }
         controllers(&vm)?;
-        serve_msrs(&vm)?;
-        let create = |index: u8| create_cpu(&vm, index);
-        let cpus = (0..cpus).map(create).collect::<Result<_, _>>()?;
+        // The host's CPU has registers that the platform does not know.
+        if shape.model == CpuModel::Baseline {
+            serve_msrs(&vm)?;
+        }
+        let table = |index: u8| match shape.model {
+            CpuModel::Baseline => cpuid::table(index),
+            CpuModel::Host => host::table(supported.as_slice(), index),
+        };
+        let create = |index: u8| create_cpu(&vm, index, &table(index)?, shape.model);
+        let cpus = (0..shape.cpus).map(create).collect::<Result<_, _>>()?;
         // Last, so that a machine that cannot be made costs no decoding.
         let filler = match Filler::new(ram) {
             Ok(filler) => Some(filler),
@@ -94,7 +103,8 @@ impl KvmVm {
                 None
             }
         };
-        Ok(KvmVm { cpus, vm, filler, ram: Arc::clone(ram) })
+        let host = (shape.model == CpuModel::Host).then(|| table(0)).transpose()?;
+        Ok(KvmVm { cpus, vm, filler, host, ram: Arc::clone(ram) })
     }
 
     /// A CPU. Waits while it runs.
@@ -122,6 +132,11 @@ impl KvmVm {
             }
         }
         Ok(())
+    }
+
+    /// What the guest sees of the host's CPU, if it does.
+    pub(super) fn host(&self) -> Option<&[kvm_cpuid_entry2]> {
+        self.host.as_ref().map(|table| table.as_slice())
     }
 
     /// Why guest memory cannot be reached.
@@ -172,16 +187,16 @@ fn serve_msrs(vm: &VmFd) -> Result<(), String> {
         .map_err(failed("filter model-specific registers"))
 }
 
-fn create_cpu(vm: &VmFd, index: u8) -> Result<Mutex<VcpuFd>, String> {
+fn create_cpu(vm: &VmFd, index: u8, table: &CpuId, model: CpuModel) -> Result<Mutex<VcpuFd>, String> {
     let cpu = vm.create_vcpu(index.into()).map_err(failed("create a CPU"))?;
-    cpu.set_cpuid2(&cpuid::table(index)?).map_err(failed("set CPUID"))?;
+    cpu.set_cpuid2(table).map_err(failed("set CPUID"))?;
     if vm.check_extension_raw(KVM_CAP_ENFORCE_PV_FEATURE_CPUID.into()) > 0 {
         // Without it, a guest could use what another host or the software CPU does not have.
         let mut cap = kvm_enable_cap { cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID, ..kvm_enable_cap::default() };
         cap.args[0] = 1;
         cpu.enable_cap(&cap).map_err(failed("restrict paravirtual features"))?;
     }
-    if vm.check_extension_raw(KVM_CAP_TSC_CONTROL.into()) > 0 {
+    if model == CpuModel::Baseline && vm.check_extension_raw(KVM_CAP_TSC_CONTROL.into()) > 0 {
         // Where the host scales the counter, it is that of the software CPU. Elsewhere the guest learns another rate
         // from kvm-clock.
         let _ = cpu.set_tsc_khz((TSC_HZ / 1000) as u32);
