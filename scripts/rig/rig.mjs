@@ -58,7 +58,7 @@ const PLAN = [
   },
   {
     name: 'sandboxes',
-    seconds: 600,
+    seconds: 720,
     command: jest('sandboxes', SUITE.map((file) => `/${file}.test`).join(' ')),
   },
 ]
