@@ -231,6 +231,7 @@ test('a name: usable as template, moves to the newest content under the same id'
   expect(await copy.files.read('/tmp/version')).toBe('2')
   expect((await copy.getInfo()).name).toBe('versioned')
   expect(await failure(sandbox.createSnapshot({ name: 'not a name' }))).toBeInstanceOf(InvalidArgumentError)
+  expect(await failure(sandbox.createSnapshot({ name: 'base' }))).toBeInstanceOf(InvalidArgumentError)
   await copy.kill()
   expect(await Sandbox.deleteSnapshot('versioned')).toBe(true)
 })

@@ -103,6 +103,12 @@ pub async fn create_snapshot(
     let (names, tag) = match name {
         Some(name) => {
             let (name, tag) = split_name(name)?;
+            // Whoever asks for a template by its name must not get somebody's sandbox.
+            if sandbox.store().resolve(&name)?.is_some_and(|meta| meta.kind == Kind::Template) {
+                return Err(Error::InvalidArgument(format!(
+                    "'{name}' is the name of a template: use another"
+                )));
+            }
             (vec![name], tag)
         }
         None => (Vec::new(), None),
