@@ -152,7 +152,10 @@ export interface SandboxNetworkOpts extends Omit<SandboxNetworkUpdate, 'allowInt
    * and only with the header `e2b-traffic-access-token`: {@link Sandbox.trafficAccessToken}.
    */
   allowPublicTraffic?: boolean
-  /** Refused: bytes are forwarded as they are. */
+  /**
+   * What servers in the sandbox see as the `Host` of HTTP requests to its ports; `${PORT}` stands for the port. Each request then
+   * has a connection of its own, and only HTTP gets through.
+   */
   maskRequestHost?: string
   /** Refused: bytes are forwarded as they are. */
   httpsPorts?: number[]
@@ -163,6 +166,7 @@ export interface SandboxNetworkInfo {
   allowOut?: string[]
   denyOut?: string[]
   allowPublicTraffic?: boolean
+  maskRequestHost?: string
 }
 
 /** Options of {@link Sandbox.connect}. */

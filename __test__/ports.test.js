@@ -270,6 +270,39 @@ test('private ports want the token', async () => {
   await Promise.all([sandbox.kill(), other.kill()])
 })
 
+test('servers see the Host they are meant to see', async () => {
+  const network = { maskRequestHost: 'localhost:${PORT}' }
+  const sandbox = await store.create({ network })
+  await serve(
+    sandbox,
+    `exec python3 -c '
+from http.server import *
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        body = self.headers["host"].encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+ThreadingHTTPServer(("127.0.0.1", 8000), Handler).serve_forever()'`,
+  )
+  const url = `http://${sandbox.getHost(8000)}/`
+  const get = () =>
+    fetch(url).then(
+      (response) => response.text(),
+      () => undefined,
+    )
+  expect(await until(get)).toBe('localhost:8000')
+  expect(await get()).toBe('localhost:8000')
+  expect((await sandbox.getInfo()).network).toEqual(network)
+  await sandbox.updateNetwork({ denyOut: ['0.0.0.0/0'] })
+  expect((await sandbox.getInfo()).network).toEqual({ ...network, denyOut: ['0.0.0.0/0'] })
+  expect(await get()).toBe('localhost:8000')
+  await sandbox.kill()
+  for (const maskRequestHost of ['', 'a\r\nb: c', 7]) {
+    expect(await failure(store.create({ network: { maskRequestHost } }))).toBeInstanceOf(InvalidArgumentError)
+  }
+})
+
 test('forwarded ports do not keep Node alive', async () => {
   const { code, stdout, stderr } = await program(`
     const { Sandbox } = require('.')

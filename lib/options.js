@@ -116,7 +116,11 @@ function networkOf({ network, allowInternetAccess } = {}) {
   }
   const rules = egressOf(network)
   if (isGiven(network.maskRequestHost)) {
-    throw unavailable('network.maskRequestHost', 'getHost forwards bytes as they are')
+    // It becomes a header line of each request.
+    if (typeof network.maskRequestHost !== 'string' || !/^[\x21-\x7e]+$/.test(network.maskRequestHost)) {
+      throw new InvalidArgumentError("network.maskRequestHost must be a host, such as 'localhost:${PORT}'")
+    }
+    rules.maskRequestHost = network.maskRequestHost
   }
   if (network.allowPublicTraffic !== undefined) {
     if (typeof network.allowPublicTraffic !== 'boolean') {
@@ -128,6 +132,7 @@ function networkOf({ network, allowInternetAccess } = {}) {
     network: JSON.stringify(rules),
     allowInternetAccess,
     privatePorts: rules.allowPublicTraffic === false,
+    maskRequestHost: rules.maskRequestHost,
   }
 }
 

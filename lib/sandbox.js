@@ -305,11 +305,8 @@ class Sandbox extends ClientFactory {
     const egress = options.egressOf(network)
     // What concerns the sandbox's own ports is not part of an update, and stays.
     const { network: before } = await this.getInfo(sandboxId, opts)
-    const { allowPublicTraffic } = before ?? {}
-    const rules = JSON.stringify({
-      ...egress,
-      ...(allowPublicTraffic === undefined ? {} : { allowPublicTraffic }),
-    })
+    const { allowPublicTraffic, maskRequestHost } = before ?? {}
+    const rules = JSON.stringify({ ...egress, allowPublicTraffic, maskRequestHost })
     await invoke((call) => native.updateNetwork(sandboxId, rules, network.allowInternetAccess, call), opts)
   }
 

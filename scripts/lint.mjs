@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 // `npm run lint`: formatting and static checks of everything, without building the guest. All checks run, whatever fails.
 
+import { apiPages } from './docs.mjs'
 import { main, npmPackages, root, run, ScriptError, step, tool } from './progress.mjs'
 
 const node = process.execPath
@@ -9,11 +10,11 @@ await main(async () => {
   process.chdir(root)
   await npmPackages()
   const failures = []
-  const check = async (name, command, args) => {
+  const check = (name, command, args) =>
+    attempt(() => step(name, (note) => run(command, args, { onLine: (line) => note(line.trim()) })))
+  const attempt = async (body) => {
     try {
-      await step(name, async (note) => {
-        await run(command, args, { onLine: (line) => note(line.trim()) })
-      })
+      await body()
     } catch (error) {
       if (!(error instanceof ScriptError)) throw error
       failures.push(error.message)
@@ -22,6 +23,7 @@ await main(async () => {
   await check('rustfmt', 'cargo', ['fmt', '--all', '--check'])
   await check('prettier', node, [tool('prettier', 'bin', 'prettier.cjs'), '--check', '.'])
   await check('types (tsc)', node, [tool('typescript', 'bin', 'tsc'), '-p', '.'])
+  await attempt(apiPages)
   await check('clippy', 'cargo', [
     'clippy',
     '--workspace',

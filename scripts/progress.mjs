@@ -98,14 +98,14 @@ export function hasProgram(name) {
 }
 
 /** Installs the npm packages of the lock file unless they are there already. */
-export async function npmPackages() {
+export async function npmPackages(dir = root) {
   const lock = createHash('sha256')
-    .update(readFileSync(join(root, 'package-lock.json')))
+    .update(readFileSync(join(dir, 'package-lock.json')))
     .digest('hex')
-  const stamp = join(root, 'node_modules', '.amberbox-lock')
+  const stamp = join(dir, 'node_modules', '.amberbox-lock')
   if (existsSync(stamp) && readFileSync(stamp, 'utf8') === lock) return
   await step('npm packages', async () => {
-    await run('npm', ['ci', '--no-audit', '--no-fund'])
+    await run('npm', ['ci', '--no-audit', '--no-fund'], { cwd: dir })
     writeFileSync(stamp, lock)
     return 'npm ci'
   })

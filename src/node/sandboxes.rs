@@ -85,6 +85,8 @@ pub struct JsCreate {
     pub allow_internet_access: Option<bool>,
     /// Whether HTTP requests to its ports must show a token.
     pub private_ports: bool,
+    /// What servers in it see as the `Host` of HTTP requests to its ports.
+    pub mask_request_host: Option<String>,
 }
 
 /// What is known about a sandbox.
@@ -178,6 +180,7 @@ pub fn create_sandbox(
             network: request.network,
             allow_internet_access: request.allow_internet_access,
             private_ports: request.private_ports,
+            mask_request_host: request.mask_request_host,
         })
         .await?;
         Ok(sandbox.info().into())

@@ -51,6 +51,8 @@ pub struct CreateRequest {
     pub allow_internet_access: Option<bool>,
     /// Whether HTTP requests to its ports must show a token.
     pub private_ports: bool,
+    /// What servers in it see as the `Host` of HTTP requests to its ports, `${PORT}` standing for the port.
+    pub mask_request_host: Option<String>,
 }
 
 /// What a sandbox starts from.
@@ -79,6 +81,7 @@ pub async fn create(request: CreateRequest) -> Result<Arc<Sandbox>, Error> {
         metadata,
         envs,
         traffic_token: request.private_ports.then(|| id::hex_token(32)).transpose()?,
+        mask_request_host: request.mask_request_host,
         lifecycle: request.lifecycle,
         network: request.network,
         allow_internet_access: request.allow_internet_access,

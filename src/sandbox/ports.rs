@@ -14,6 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 
+use super::profile::Profile;
 use super::registry::registry;
 use super::{Error, Sandbox, awake, runtime};
 
@@ -31,6 +32,9 @@ const HEAD_LIMIT: Duration = Duration::from_secs(60);
 
 /// The header that requests to private ports must have.
 const TOKEN_HEADER: &str = "e2b-traffic-access-token";
+
+/// Stands for the port in a mask of `Host`.
+const PORT: &str = "${PORT}";
 
 /// One forwarded port.
 #[derive(Debug)]
@@ -121,12 +125,14 @@ async fn relay(id: &str, port: u16, client: &mut TcpStream) -> Result<(), Cut> {
     let sandbox = awake(id).await.map_err(|_| Cut)?;
     client.set_nodelay(true).map_err(|_| Cut)?;
     let mut head = Vec::new();
-    if let Some(token) = sandbox.profile().traffic_token {
+    let Profile { traffic_token: token, mask_request_host: mask, .. } = sandbox.profile();
+    if token.is_some() || mask.is_some() {
         head =
             tokio::time::timeout(HEAD_LIMIT, read_head(client)).await.map_err(|_| Cut)?.map_err(|_| Cut)?;
-        if !shows_token(&head, &token) {
+        if token.is_some_and(|token| !shows_token(&head, &token)) {
             return refuse(id, client).await.map_err(|_| Cut);
         }
+        head = rewritten(&head, mask.map(|mask| mask.replace(PORT, &port.to_string())).as_deref());
     }
     let (mut guest, early) = connect(&sandbox, port).await?;
     guest.write_all(&head).await.map_err(|_| Cut)?;
@@ -161,14 +167,61 @@ async fn read_head(client: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Whether the first request of a connection has the token. Those behind it on the same connection come from the same client.
+/// The name of a header line.
+fn name_of(line: &[u8]) -> Option<&[u8]> {
+    line.iter().position(|byte| *byte == b':').map(|colon| &line[..colon])
+}
+
+fn is(name: Option<&[u8]>, wanted: &str) -> bool {
+    name.is_some_and(|name| name.eq_ignore_ascii_case(wanted.as_bytes()))
+}
+
+/// The lines of a request's head with their ends, up to the empty one, and what follows that.
+fn lines_of(request: &[u8]) -> (Vec<&[u8]>, &[u8]) {
+    let mut lines = Vec::new();
+    let mut rest = request;
+    while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+        let (line, later) = rest.split_at(end + 1);
+        if line.trim_ascii().is_empty() {
+            break;
+        }
+        lines.push(line);
+        rest = later;
+    }
+    (lines, rest)
+}
+
+/// The request as the server gets it: with another `Host`, if one is wanted; and as the last of its connection unless it
+/// changes the protocol, because only the first request of a connection is looked at (RFC 9112, section 9.6).
+fn rewritten(request: &[u8], host: Option<&str>) -> Vec<u8> {
+    let (lines, rest) = lines_of(request);
+    let upgrade = lines.iter().any(|line| is(name_of(line), "upgrade"));
+    let mut out = Vec::with_capacity(request.len() + 64);
+    for (i, line) in lines.iter().enumerate() {
+        let name = if i == 0 { None } else { name_of(line) };
+        if (host.is_some() && is(name, "host")) || (!upgrade && (is(name, "connection") || is(name, "keep-alive"))) {
+            continue;
+        }
+        out.extend_from_slice(line);
+        if i == 0 {
+            if let Some(host) = host {
+                out.extend_from_slice(format!("Host: {host}\r\n").as_bytes());
+            }
+            if !upgrade {
+                out.extend_from_slice(b"Connection: close\r\n");
+            }
+        }
+    }
+    out.extend_from_slice(rest);
+    out
+}
+
+/// Whether a request has the token.
 fn shows_token(head: &[u8], token: &str) -> bool {
-    let lines = head.split(|byte| *byte == b'\n').skip(1).take_while(|line| !line.trim_ascii().is_empty());
-    for line in lines {
-        let Some(colon) = line.iter().position(|byte| *byte == b':') else { continue };
-        let (name, value) = line.split_at(colon);
-        if name.eq_ignore_ascii_case(TOKEN_HEADER.as_bytes()) {
-            let value = value[1..].trim_ascii();
+    for line in lines_of(head).0.into_iter().skip(1) {
+        let name = name_of(line);
+        if is(name, TOKEN_HEADER) {
+            let value = line[TOKEN_HEADER.len() + 1..].trim_ascii();
             // Takes the same time wherever they differ.
             let differences = value.iter().zip(token.as_bytes()).fold(0, |sum, (a, b)| sum | (a ^ b));
             return value.len() == token.len() && differences == 0;
@@ -216,5 +269,22 @@ mod tests {
         // Not in the request line, and not in the body.
         assert!(!shows_token(b"e2b-traffic-access-token: abc\r\n\r\n", "abc"));
         assert!(!shows_token(b"GET / HTTP/1.1\r\n\r\ne2b-traffic-access-token: abc\r\n\r\n", "abc"));
+    }
+
+    #[test]
+    fn requests_that_are_looked_at_are_the_last_of_their_connection() {
+        let rewritten = |request: &str, host| String::from_utf8(rewritten(request.as_bytes(), host)).unwrap();
+        assert_eq!(
+            rewritten("POST /a:b HTTP/1.1\r\nhost: x\r\nConnection: keep-alive\r\nA: b\r\n\r\nHost: body\r\n", None),
+            "POST /a:b HTTP/1.1\r\nConnection: close\r\nhost: x\r\nA: b\r\n\r\nHost: body\r\n"
+        );
+        assert_eq!(
+            rewritten("GET / HTTP/1.1\r\nA: b\r\nhost: x\r\n\r\n", Some("localhost:80")),
+            "GET / HTTP/1.1\r\nHost: localhost:80\r\nConnection: close\r\nA: b\r\n\r\n"
+        );
+        // One that changes the protocol keeps its connection.
+        let upgrade = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+        assert_eq!(rewritten(upgrade, None), upgrade);
+        assert_eq!(rewritten(upgrade, Some("y")), upgrade.replace("Host: x", "Host: y"));
     }
 }

@@ -49,6 +49,8 @@ pub struct Profile {
     pub access_token: String,
     /// What HTTP requests to its ports must show, if not everybody may send them.
     pub traffic_token: Option<String>,
+    /// What servers in it see as the `Host` of HTTP requests to its ports, `${PORT}` standing for the port.
+    pub mask_request_host: Option<String>,
     /// What happens to it by itself.
     pub lifecycle: Lifecycle,
     /// Rules of its network, as JSON text; for its user to see.
