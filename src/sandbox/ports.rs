@@ -199,7 +199,9 @@ fn rewritten(request: &[u8], host: Option<&str>) -> Vec<u8> {
     let mut out = Vec::with_capacity(request.len() + 64);
     for (i, line) in lines.iter().enumerate() {
         let name = if i == 0 { None } else { name_of(line) };
-        if (host.is_some() && is(name, "host")) || (!upgrade && (is(name, "connection") || is(name, "keep-alive"))) {
+        if (host.is_some() && is(name, "host"))
+            || (!upgrade && (is(name, "connection") || is(name, "keep-alive")))
+        {
             continue;
         }
         out.extend_from_slice(line);
@@ -275,7 +277,10 @@ mod tests {
     fn requests_that_are_looked_at_are_the_last_of_their_connection() {
         let rewritten = |request: &str, host| String::from_utf8(rewritten(request.as_bytes(), host)).unwrap();
         assert_eq!(
-            rewritten("POST /a:b HTTP/1.1\r\nhost: x\r\nConnection: keep-alive\r\nA: b\r\n\r\nHost: body\r\n", None),
+            rewritten(
+                "POST /a:b HTTP/1.1\r\nhost: x\r\nConnection: keep-alive\r\nA: b\r\n\r\nHost: body\r\n",
+                None
+            ),
             "POST /a:b HTTP/1.1\r\nConnection: close\r\nhost: x\r\nA: b\r\n\r\nHost: body\r\n"
         );
         assert_eq!(
