@@ -318,6 +318,10 @@ impl Sandbox {
         operation: impl Future<Output = Result<T, AgentError>>,
         map: impl FnOnce(AgentError) -> Error,
     ) -> Result<T, Error> {
+        // Nothing starts on a sandbox that has ended, even where its machine would still answer.
+        if let Some(reason) = self.ended() {
+            return Err(Error::from(&reason));
+        }
         let mut ended = self.ended.subscribe();
         let failure = tokio::select! {
             biased;
